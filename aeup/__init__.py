@@ -1,0 +1,18 @@
+"""aeup: fast, exact upsampling for PyTorch decoders."""
+
+from aeup.backends import BackendError, backend, explain, get_backend, set_backend
+from aeup.functional import interpolate
+from aeup.nn import Upsample, UpsamplingBilinear2d, UpsamplingNearest2d
+
+__version__ = "0.1.0"
+__all__ = [
+    "BackendError",
+    "Upsample",
+    "UpsamplingBilinear2d",
+    "UpsamplingNearest2d",
+    "backend",
+    "explain",
+    "get_backend",
+    "interpolate",
+    "set_backend",
+]

@@ -1,0 +1,34 @@
+"""The compiled extension: loaded once; where it is missing, why, and what to do."""
+
+import json
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+_INFO = Path(__file__).with_name("_C.json")
+
+
+def build_info():
+    """What the extension was built with: torch, torch_min, cuda (architectures or None), isas, machine; {} if absent."""
+    try:
+        return json.loads(_INFO.read_text())
+    except FileNotFoundError:
+        return {}
+
+
+def _load():
+    info = build_info()
+    built = f"built with torch {info['torch']} for torch >= {info['torch_min']}" if info else "not built"
+    try:
+        import_module("aeup._C")
+    except ImportError as error:  # absent, or a symbol that this torch does not have
+        return (
+            f"the extension aeup._C cannot be loaded ({built}; torch {torch.__version__} is here): {error}. "
+            "Rebuild it against this torch: `pip install --no-build-isolation .` in aeup's source"
+        )
+    return None
+
+
+missing = _load()  # None, or the reason
+cuda = missing is None and bool(build_info().get("cuda"))

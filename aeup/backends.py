@@ -1,0 +1,165 @@
+"""Which kernel runs, and why. Each op has one kernel per backend; each kernel has one predicate that says why not."""
+
+import os
+from collections.abc import Callable
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+NAMES = ("cuda", "triton", "cpu", "torch")
+_ORDER = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
+
+
+@dataclass(frozen=True, eq=False)
+class Kernel:
+    """A backend's implementation of an op. `run` and `refuses` take the op's arguments; `refuses` gives a reason or
+    None; `label`, if given, names what would run within the backend (its argument is made of meta tensors)."""
+
+    run: Callable[..., Any]
+    refuses: Callable[..., str | None]
+    label: Callable[..., str] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Op:
+    name: str
+    kernels: dict[str, Kernel] = field(default_factory=dict)
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for by name and cannot serve the call."""
+
+
+def _checked(name: str) -> str:
+    if name not in ("auto", *NAMES):
+        raise ValueError(f"backend must be one of auto, {', '.join(NAMES)}; got {name!r}")
+    return name
+
+
+_default = _checked(os.environ.get("AEUP_BACKEND", "auto"))
+_forced: ContextVar[str | None] = ContextVar("aeup_backend", default=None)
+
+
+def set_backend(name: str) -> None:
+    """Sets the backend of the process: "auto" (default), "cuda", "triton", "cpu" or "torch".
+
+    A backend named here that cannot serve a call raises :class:`BackendError` with its reason. The environment
+    variable ``AEUP_BACKEND`` sets it at import. Raises ValueError for another name.
+    """
+    global _default
+    _default = _checked(name)
+
+
+def get_backend() -> str:
+    """The backend that calls made here ask for: that of the innermost :func:`backend`, else of :func:`set_backend`."""
+    return _forced.get() or _default
+
+
+@contextmanager
+def backend(name: str):
+    """``with aeup.backend("triton"): ...``: as :func:`set_backend`, inside the block and this thread (or task) only.
+    The backward of what is computed inside uses the same backend."""
+    token = _forced.set(_checked(name))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def choose(op: Op, device: torch.device, args: tuple, name: str | None = None) -> Kernel:
+    """The kernel that serves op(*args). Raises BackendError where `name` (default: get_backend()) cannot."""
+    name = name or _forced.get() or _default
+    if name != "auto":
+        kernel = op.kernels[name]
+        reason = kernel.refuses(*args)
+        if reason:
+            raise BackendError(f"{op.name}: backend {name!r} cannot serve this call: {reason}")
+        return kernel
+    for candidate in _ORDER.get(device.type, ("torch",)):
+        kernel = op.kernels[candidate]
+        if kernel.refuses(*args) is None:
+            return kernel
+    raise BackendError(f"{op.name}: no backend serves this call on {device}")
+
+
+# --- explain ---
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What one call of one op would run: `backend` and `kernel`, and why each other backend would not."""
+
+    op: str
+    call: str
+    backend: str
+    kernel: str
+    others: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}({self.call}) -> {self.backend}" + (f" [{self.kernel}]" if self.kernel else "")]
+        lines += [f"    {name}: {reason}" for name, reason in self.others.items()]
+        return "\n".join(lines)
+
+
+class Explanation(list):
+    """A list of :class:`Choice`, one per call of an aeup op; prints as text."""
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self)) if self else "no aeup op was called"
+
+
+_record: ContextVar[list | None] = ContextVar("aeup_record", default=None)
+
+
+def note(op: Op, device: torch.device, args: tuple, call: str) -> None:
+    """Remembers a call while :func:`explain` runs. `args` hold fake tensors."""
+    record = _record.get()
+    if record is not None:
+        record.append((op, device, args, call))
+
+
+def note_torch(name: str, call: str, reason: str) -> None:
+    """Remembers a call outside the kernels' domain, which torch serves."""
+    record = _record.get()
+    if record is not None:
+        record.append(Choice(name, call, "torch", "", {n: reason for n in NAMES if n != "torch"}))
+
+
+def _on_meta(x):
+    return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device="meta") if torch.is_tensor(x) else x
+
+
+def _explained(op: Op, device: torch.device, args: tuple, call: str) -> Choice:
+    name = get_backend()
+    order = _ORDER.get(device.type, ("torch",)) if name == "auto" else (name,)
+    reasons = {n: op.kernels[n].refuses(*args) for n in NAMES}
+    taken = next((n for n in order if reasons[n] is None), None)
+    if taken is None:
+        return Choice(op.name, call, "none", "", {n: r or "not asked for" for n, r in reasons.items()})
+    label = op.kernels[taken].label
+    kernel = label(device, *map(_on_meta, args)) if label else ""
+    why = "comes after " + taken if name == "auto" else f"{taken} was asked for"
+    return Choice(op.name, call, taken, kernel, {n: r or why for n, r in reasons.items() if n != taken})
+
+
+def explain(fn: Callable, *args, **kwargs) -> Explanation:
+    """Which kernels ``fn(*args, **kwargs)`` would run, forward and backward, and why each other backend would not.
+
+    `fn` is a function or module that uses aeup's ops. Nothing is computed: `fn` runs on fake tensors (shapes and
+    dtypes only), so it must not read tensor values. Returns an :class:`Explanation`; ``print`` it.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils._pytree import tree_map_only
+
+    token = _record.set([])
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+            args, kwargs = tree_map_only(torch.Tensor, mode.from_tensor, (args, kwargs))
+            fn(*args, **kwargs)
+        noted = _record.get()
+    finally:
+        _record.reset(token)
+    return Explanation(c if isinstance(c, Choice) else _explained(*c) for c in noted)

@@ -1,0 +1,244 @@
+"""2-D resampling: torch.ops.aeup.interpolate and its adjoint, torch.ops.aeup.interpolate_backward.
+
+Both are the same separable banded linear map, one the transpose of the other, so each is the gradient of the other
+and gradients of any order come for free (design: the backward gathers; no atomics, the same bits on every run).
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
+
+from aeup import _native
+from aeup.backends import Kernel, Op, choose, get_backend, note
+
+MODES = ("nearest", "nearest-exact", "bilinear", "bicubic")
+_MODE_NUMBER = {mode: i for i, mode in enumerate(MODES)}
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Map(NamedTuple):
+    """A resampling of [N, C, ih, iw] to [N, C, oh, ow]. scale_h and scale_w are the caller's scale factors where torch
+    computes source positions with them, else None."""
+
+    ih: int
+    iw: int
+    oh: int
+    ow: int
+    mode: str
+    align_corners: bool
+    antialias: bool
+    scale_h: float | None
+    scale_w: float | None
+
+
+# --- kernels. Each takes (src, map, backward): the input, or the gradient of the output; and gives the other side. ---
+
+
+def reference(src: Tensor, m: Map, backward: bool) -> Tensor:
+    """The map by torch's own operators."""
+    aten = torch.ops.aten
+    name = {"nearest": "upsample_nearest2d", "nearest-exact": "_upsample_nearest_exact2d"}.get(m.mode)
+    if name is None:
+        name = f"_upsample_{m.mode}2d_aa" if m.antialias else f"upsample_{m.mode}2d"
+    align = (m.align_corners,) if m.mode.startswith("bi") else ()
+    sizes = ([m.oh, m.ow], [*src.shape[:2], m.ih, m.iw]) if backward else ([m.oh, m.ow],)
+    op = getattr(aten, name + "_backward" if backward else name)
+    return op.default(src, *sizes, *align, m.scale_h, m.scale_w)
+
+
+def _native_call(src: Tensor, m: Map, backward: bool):
+    return (
+        src, m.ih, m.iw, m.oh, m.ow, _MODE_NUMBER[m.mode], m.align_corners, m.antialias,
+        m.scale_h or 0.0, m.scale_w or 0.0, backward,
+    )  # fmt: skip
+
+
+def _native_run(src: Tensor, m: Map, backward: bool) -> Tensor:
+    try:
+        return torch.ops.aeup_native.interpolate.default(*_native_call(src, m, backward))
+    except RuntimeError as error:  # the stable ABI loses the type
+        if "out of memory" in str(error):
+            raise torch.OutOfMemoryError(str(error)) from error
+        raise
+
+
+def _native_label(device: torch.device, src: Tensor, m: Map, backward: bool) -> str:
+    return torch.ops.aeup_native.interpolate_kernel.default(*_native_call(src, m, backward), device.type == "cuda")
+
+
+def _dtype_refusal(src: Tensor, backward: bool, byte_modes: tuple[str, ...], mode: str) -> str | None:
+    if src.dtype in _FLOATS:
+        return None
+    if src.dtype is torch.uint8:
+        if backward:
+            return "uint8 has no gradient"
+        return None if mode in byte_modes else f"uint8 is served in {' and '.join(byte_modes)} only, got mode {mode!r}"
+    return f"dtype {src.dtype} is not one of float32, float64, float16, bfloat16, uint8"
+
+
+def _native_refusal(src: Tensor, m: Map, backward: bool, device: str, byte_modes: tuple[str, ...]) -> str | None:
+    if src.device.type != device:
+        return f"the tensor is on {src.device}"
+    if _native.missing:
+        return _native.missing
+    if max(m[:4]) >= 2**31:
+        return "a spatial size is 2^31 or more"
+    return _dtype_refusal(src, backward, byte_modes, m.mode)
+
+
+def _cpu_refuses(src: Tensor, m: Map, backward: bool) -> str | None:
+    if src.dtype is torch.float32 and src.is_cpu and _native.missing is None:  # the short way
+        return None
+    return _native_refusal(src, m, backward, "cpu", MODES)
+
+
+def _cuda_refuses(src: Tensor, m: Map, backward: bool) -> str | None:
+    if not _native.cuda and not _native.missing:
+        return "the extension was built without CUDA"
+    return _native_refusal(src, m, backward, "cuda", MODES[:2])
+
+
+@lru_cache(None)
+def _triton():
+    """The Triton kernels, or the reason why they cannot be imported."""
+    try:
+        from aeup.kernels import interpolate
+    except ImportError as error:
+        return f"triton cannot be imported: {error}"
+    return interpolate
+
+
+def _triton_refuses(src: Tensor, m: Map, backward: bool) -> str | None:
+    module = _triton()
+    return module if isinstance(module, str) else module.refuses(src, *m, backward)
+
+
+def _triton_run(src: Tensor, m: Map, backward: bool) -> Tensor:
+    return _triton().interpolate(src, *m, backward)
+
+
+OP = Op(
+    "aeup.interpolate",
+    {
+        "cuda": Kernel(_native_run, _cuda_refuses, _native_label),
+        "triton": Kernel(_triton_run, _triton_refuses),
+        "cpu": Kernel(_native_run, _cpu_refuses, _native_label),
+        "torch": Kernel(reference, lambda src, m, backward: None),
+    },
+)
+
+
+# --- registration ---
+
+_ARGS = "str mode, bool align_corners=False, bool antialias=False, float? scale_h=None, float? scale_w=None"
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+_lib = torch.library.Library("aeup", "FRAGMENT")
+_lib.define(f"interpolate(Tensor input, SymInt[2] size, {_ARGS}) -> Tensor", tags=_TAGS)
+_lib.define(f"interpolate_backward(Tensor grad_output, SymInt[2] input_size, {_ARGS}) -> Tensor", tags=_TAGS)
+
+
+def _map_of(src: Tensor, size, backward: bool, mode, align_corners=False, antialias=False, scale_h=None, scale_w=None):
+    if src.dim() != 4:
+        raise ValueError(f"aeup.interpolate: expected a 4-D tensor [N, C, H, W], got shape {list(src.shape)}")
+    if mode not in _MODE_NUMBER:
+        raise ValueError(f"aeup.interpolate: mode must be one of {', '.join(MODES)}; got {mode!r}")
+    here = src.shape[2:]
+    sizes = (*size, *here) if backward else (*here, *size)
+    return Map(*sizes, mode, align_corners, antialias, scale_h, scale_w)
+
+
+def _register(name: str, adjoint: str, backward: bool):
+    def run(src, size, *args):
+        m = _map_of(src, size, backward, *args)
+        return choose(OP, src.device, (src, m, backward)).run(src, m, backward)
+
+    def fake(src, size, *args, **kwargs):
+        m = _map_of(src, size, backward, *args, **kwargs)
+        note_both(src, m, backward)
+        shape = (src.shape[0], src.shape[1], *size)
+        return torch.empty(shape, dtype=src.dtype, device=src.device, memory_format=suggest_memory_format(src))
+
+    def setup_context(ctx, inputs, output):
+        src, _, *ctx.args = inputs
+        ctx.size = src.shape[2:]
+
+    def gradient(ctx, grad):
+        adjoint_op = getattr(torch.ops.aeup, adjoint).default
+        return adjoint_op(grad, ctx.size, *ctx.args), *[None] * (1 + len(ctx.args))
+
+    def vmap(info, in_dims, src, size, *args):
+        src = src.movedim(in_dims[0], 0)
+        out = getattr(torch.ops.aeup, name).default(src.flatten(0, 1), size, *args)
+        return out.unflatten(0, src.shape[:2]), 0
+
+    _lib.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"aeup::{name}", fake, lib=_lib)
+    torch.library.register_autograd(f"aeup::{name}", gradient, setup_context=setup_context, lib=_lib)
+    torch.library.register_vmap(f"aeup::{name}", vmap, lib=_lib)
+
+
+_register("interpolate", "interpolate_backward", False)
+_register("interpolate_backward", "interpolate", True)
+# Under autocast the dtype stays what it is, where torch would go to float32: no autocast kernel falls through to that.
+
+
+# --- the short way of eager calls: no dispatcher where no transform, subclass or mode is active ---
+
+
+class _Resample(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, src, m, backward, backend):
+        ctx.m, ctx.backward_map, ctx.backend = m, backward, backend
+        ctx.set_materialize_grads(False)
+        return choose(OP, src.device, (src, m, backward), backend).run(src, m, backward)
+
+    @staticmethod
+    def backward(ctx, grad):
+        if grad is None:
+            return None, None, None, None
+        return _resample(grad, ctx.m, not ctx.backward_map, ctx.backend), None, None, None
+
+    @staticmethod
+    def jvp(ctx, tangent, *_):
+        return None if tangent is None else _resample(tangent, ctx.m, ctx.backward_map, ctx.backend)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+_modes_active = torch._C._len_torch_dispatch_stack
+_transforms_active = torch._C._functorch.peek_interpreter_stack
+_forward_ad = torch.autograd.forward_ad
+
+
+def _resample(src: Tensor, m: Map, backward: bool, backend: str) -> Tensor:
+    if (
+        torch.compiler.is_compiling()
+        or type(src) not in _PLAIN
+        or _modes_active()
+        or _transforms_active() is not None
+        or torch._C._get_tracing_state() is not None
+    ):
+        op = torch.ops.aeup.interpolate_backward if backward else torch.ops.aeup.interpolate
+        size = (m.ih, m.iw) if backward else (m.oh, m.ow)
+        return op.default(src, size, *m[4:])
+    if (src.requires_grad and torch.is_grad_enabled()) or _forward_ad._current_level >= 0:
+        return _Resample.apply(src, m, backward, backend)
+    return choose(OP, src.device, (src, m, backward), backend).run(src, m, backward)
+
+
+def resample(src: Tensor, m: Map) -> Tensor:
+    """The map `m` of `src` [N, C, ih, iw], differentiable: [N, C, oh, ow] in the dtype and memory format of `src`."""
+    return _resample(src, m, False, get_backend())
+
+
+def note_both(src: Tensor, m: Map, backward: bool) -> None:
+    """For explain: this call, and its gradient where there is one."""
+    shape = f"{list(src.shape)}, {m.mode}" + (", align_corners" if m.align_corners else "")
+    shape += (", antialias" if m.antialias else "") + f", {str(src.dtype)[6:]}"
+    note(OP, src.device, (src, m, backward), shape)
+    if not backward and src.is_floating_point():
+        size = (*src.shape[:2], m.oh, m.ow)
+        grad = torch.empty(size, dtype=src.dtype, device=src.device, memory_format=suggest_memory_format(src))
+        note(OP, src.device, (grad, m, True), "gradient of " + shape)

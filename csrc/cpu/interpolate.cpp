@@ -1,0 +1,39 @@
+// Chooses the instruction set at run time.
+#include "cpu/plan.h"
+
+namespace aeup {
+namespace {
+
+#if defined(__x86_64__)
+enum class Isa { baseline, avx2, avx512 };
+
+Isa detect() {
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq")) {
+    return Isa::avx512;
+  }
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? Isa::avx2 : Isa::baseline;
+}
+const Isa kIsa = detect();
+#endif
+
+}  // namespace
+
+void interpolate_cpu(const Problem& p, int64_t threads, ParallelFor parallel) {
+#if defined(__x86_64__)
+  if (kIsa == Isa::avx512) return avx512::interpolate(p, threads, parallel);
+  if (kIsa == Isa::avx2) return avx2::interpolate(p, threads, parallel);
+#endif
+  baseline::interpolate(p, threads, parallel);
+}
+
+const char* cpu_instruction_set() {
+#if defined(__x86_64__)
+  if (kIsa == Isa::avx512) return "avx512";
+  if (kIsa == Isa::avx2) return "avx2";
+#endif
+  return "baseline";
+}
+
+}  // namespace aeup

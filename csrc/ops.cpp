@@ -1,0 +1,180 @@
+// The compiled operators: torch.ops.aeup_native.*. They are kernels without autograd; aeup/ops builds the public
+// operators on them. LibTorch stable ABI only, so that one binary serves every torch from 2.10.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdio>
+#include <string>
+#include <vector>
+
+#include "cpu/plan.h"
+#include "resample.h"
+#ifdef AEUP_WITH_CUDA
+#include "cuda/launch.h"
+#endif
+
+namespace {
+
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+[[noreturn]] void fail(const std::string& message) { throw std::runtime_error("aeup.interpolate: " + message); }
+
+// TensorImpl::compute_strides_like_channels_last: what torch's upsampling operators ask of their input.
+bool suggests_channels_last(const Tensor& x) {
+  const auto size = x.sizes();
+  const auto stride = x.strides();
+  if (stride[1] == 0) return false;
+  int64_t least = 0;
+  for (const int d : {1, 3, 2, 0}) {
+    if (size[d] == 0 || stride[d] < least || (d == 0 && least == stride[1])) return false;
+    least = stride[d];
+    if (size[d] > 1) least *= size[d];
+  }
+  return true;
+}
+
+// Strides of dimensions of size 1 do not matter.
+bool is_dense(const Tensor& x, bool channels_last) {
+  const auto size = x.sizes();
+  const auto stride = x.strides();
+  const int nchw[4] = {3, 2, 1, 0}, nhwc[4] = {1, 3, 2, 0};
+  int64_t expected = 1;
+  for (int i = 0; i < 4; ++i) {
+    const int d = channels_last ? nhwc[i] : nchw[i];
+    if (size[d] != 1 && stride[d] != expected) return false;
+    expected *= size[d];
+  }
+  return true;
+}
+
+aeup::DType dtype_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return aeup::DType::f32;
+    case ScalarType::Double: return aeup::DType::f64;
+    case ScalarType::Half: return aeup::DType::f16;
+    case ScalarType::BFloat16: return aeup::DType::bf16;
+    case ScalarType::Byte: return aeup::DType::u8;
+    default: fail("unsupported dtype; float64, float32, float16, bfloat16 and uint8 (forward) are served");
+  }
+}
+
+void torch_parallel(int64_t n, void (*body)(int64_t, int64_t, void*), void* context) {
+  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { body(begin, end, context); });
+}
+
+// The sizes are those of the forward map; backward takes the gradient of the output as `src`.
+aeup::Problem describe(const Tensor& src, int64_t ih, int64_t iw, int64_t oh, int64_t ow, int64_t mode,
+                       bool align_corners, bool antialias, double scale_h, double scale_w, bool backward) {
+  if (src.dim() != 4) fail("input must have 4 dimensions, got " + std::to_string(src.dim()));
+  const int64_t h = backward ? oh : ih, w = backward ? ow : iw;
+  if (src.size(2) != h || src.size(3) != w) fail("spatial size of the tensor and of the map differ");
+  if (ih < 1 || iw < 1 || oh < 1 || ow < 1) fail("spatial sizes must be at least 1");
+  if (ih > INT32_MAX || iw > INT32_MAX || oh > INT32_MAX || ow > INT32_MAX) fail("spatial sizes must be below 2^31");
+  if (mode < 0 || mode > 3) fail("mode must be 0 to 3, got " + std::to_string(mode));
+  aeup::Problem p{};
+  p.n = src.size(0);
+  p.c = src.size(1);
+  p.ih = ih;
+  p.iw = iw;
+  p.oh = oh;
+  p.ow = ow;
+  p.scale_h = scale_h;
+  p.scale_w = scale_w;
+  p.mode = static_cast<aeup::Mode>(mode);
+  p.dtype = dtype_of(src);
+  p.align_corners = align_corners;
+  p.antialias = antialias;
+  p.channels_last = suggests_channels_last(src);
+  p.backward = backward;
+  if (backward && p.dtype == aeup::DType::u8) fail("uint8 has no gradient");
+  return p;
+}
+
+template <class Launch>
+Tensor interpolate(const Tensor& given, aeup::Problem p, const Launch& launch) {
+  const auto format = p.channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
+  const Tensor src = is_dense(given, p.channels_last) ? given : torch::stable::contiguous(given, format);
+  const std::vector<int64_t> size{p.n, p.c, p.backward ? p.ih : p.oh, p.backward ? p.iw : p.ow};
+  Tensor dst = torch::stable::empty(size, src.scalar_type(), std::nullopt, src.device(), std::nullopt, format);
+  if (dst.numel() == 0) return dst;
+  p.src = src.const_data_ptr();
+  p.dst = dst.mutable_data_ptr();
+  launch(p, src);
+  return dst;
+}
+
+Tensor interpolate_cpu(const Tensor& src, int64_t ih, int64_t iw, int64_t oh, int64_t ow, int64_t mode,
+                       bool align_corners, bool antialias, double scale_h, double scale_w, bool backward) {
+  const auto p = describe(src, ih, iw, oh, ow, mode, align_corners, antialias, scale_h, scale_w, backward);
+  return interpolate(src, p, [](const aeup::Problem& q, const Tensor&) {
+    aeup::interpolate_cpu(q, torch::stable::get_num_threads(), torch_parallel);
+  });
+}
+
+#ifdef AEUP_WITH_CUDA
+// Weak: a torch without CUDA does not have it, and never calls the operator below.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+
+Tensor interpolate_cuda(const Tensor& src, int64_t ih, int64_t iw, int64_t oh, int64_t ow, int64_t mode,
+                        bool align_corners, bool antialias, double scale_h, double scale_w, bool backward) {
+  const auto p = describe(src, ih, iw, oh, ow, mode, align_corners, antialias, scale_h, scale_w, backward);
+  if (!aoti_torch_get_current_cuda_stream) fail("this torch has no CUDA");
+  const torch::stable::accelerator::DeviceGuard guard(src.get_device_index());
+  return interpolate(src, p, [](const aeup::Problem& q, const Tensor& x) {
+    void* stream = nullptr;
+    if (aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream) != 0) fail("no current CUDA stream");
+    const int64_t bytes = aeup::interpolate_cuda_workspace(q);
+    Tensor workspace;
+    if (bytes > 0) {
+      const std::vector<int64_t> size{bytes};
+      workspace = torch::stable::empty(size, ScalarType::Byte, std::nullopt, x.device());
+    }
+    const char* error = aeup::launch_interpolate_cuda(q, bytes > 0 ? workspace.mutable_data_ptr() : nullptr, stream);
+    if (error) fail(std::string("CUDA kernel: ") + error);
+  });
+}
+#endif
+
+// Which kernel would serve, for aeup.explain; `src` is a meta tensor with the sizes and strides.
+std::string kernel_name(const Tensor& src, int64_t ih, int64_t iw, int64_t oh, int64_t ow, int64_t mode,
+                        bool align_corners, bool antialias, double scale_h, double scale_w, bool backward, bool cuda) {
+  const auto p = describe(src, ih, iw, oh, ow, mode, align_corners, antialias, scale_h, scale_w, backward);
+  if (cuda) {
+#ifdef AEUP_WITH_CUDA
+    return aeup::interpolate_cuda_kernel(p);
+#else
+    fail("built without CUDA");
+#endif
+  }
+  return std::string("banded, ") + aeup::cpu_instruction_set();
+}
+
+STABLE_TORCH_LIBRARY(aeup_native, m) {
+  m.def(
+      "interpolate(Tensor src, int ih, int iw, int oh, int ow, int mode, bool align_corners, bool antialias, "
+      "float scale_h, float scale_w, bool backward) -> Tensor");
+  m.def(
+      "interpolate_kernel(Tensor src, int ih, int iw, int oh, int ow, int mode, bool align_corners, bool antialias, "
+      "float scale_h, float scale_w, bool backward, bool cuda) -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(aeup_native, CPU, m) {
+  m.impl("interpolate", TORCH_BOX(&interpolate_cpu));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(aeup_native, CompositeExplicitAutograd, m) {
+  m.impl("interpolate_kernel", TORCH_BOX(&kernel_name));
+}
+
+#ifdef AEUP_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(aeup_native, CUDA, m) {
+  m.impl("interpolate", TORCH_BOX(&interpolate_cuda));
+}
+#endif
+
+}  // namespace
