@@ -6,7 +6,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <cstdio>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <string>
 #include <vector>
 
@@ -95,6 +98,17 @@ aeup::Problem describe(const Tensor& src, int64_t ih, int64_t iw, int64_t oh, in
   return p;
 }
 
+// Large outputs come from fresh pages, and touching those 4 KB at a time costs more than the resampling itself.
+void prefer_huge_pages(void* data, int64_t bytes) {
+#ifdef __linux__
+  constexpr int64_t kPage = 4096, kLarge = 8 << 20;
+  if (bytes < kLarge) return;
+  const auto first = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
+  const auto last = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
+  (void)madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a hint: refusal changes nothing
+#endif
+}
+
 template <class Launch>
 Tensor interpolate(const Tensor& given, aeup::Problem p, const Launch& launch) {
   const auto format = p.channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
@@ -111,7 +125,9 @@ Tensor interpolate(const Tensor& given, aeup::Problem p, const Launch& launch) {
 Tensor interpolate_cpu(const Tensor& src, int64_t ih, int64_t iw, int64_t oh, int64_t ow, int64_t mode,
                        bool align_corners, bool antialias, double scale_h, double scale_w, bool backward) {
   const auto p = describe(src, ih, iw, oh, ow, mode, align_corners, antialias, scale_h, scale_w, backward);
-  return interpolate(src, p, [](const aeup::Problem& q, const Tensor&) {
+  return interpolate(src, p, [](const aeup::Problem& q, const Tensor& x) {
+    const int64_t rows = q.backward ? q.ih : q.oh, columns = q.backward ? q.iw : q.ow;
+    prefer_huge_pages(q.dst, q.n * q.c * rows * columns * static_cast<int64_t>(x.element_size()));
     aeup::interpolate_cpu(q, torch::stable::get_num_threads(), torch_parallel);
   });
 }

@@ -105,10 +105,10 @@ def _cuda_refuses(src: Tensor, m: Map, backward: bool) -> str | None:
 def _triton():
     """The Triton kernels, or the reason why they cannot be imported."""
     try:
-        from aeup.kernels import interpolate
+        from aeup import kernels
     except ImportError as error:
-        return f"triton cannot be imported: {error}"
-    return interpolate
+        return f"aeup.kernels cannot be imported: {error}"
+    return kernels
 
 
 def _triton_refuses(src: Tensor, m: Map, backward: bool) -> str | None:

@@ -12,6 +12,7 @@
 
 #include "cpu/copy.h"
 #include "cpu/make_plan.h"
+#include "cpu/pixels.h"
 #include "cpu/plan.h"
 #include "cpu/vec.h"
 
@@ -19,7 +20,7 @@ namespace aeup {
 namespace AEUP_ISA {
 namespace {
 
-constexpr int64_t kSegment = 2048;          // elements of a row that a task keeps hot
+constexpr int64_t kSegment = 4096;          // elements of a row that a task keeps hot
 constexpr int64_t kStreamBytes = 16 << 20;  // destinations from this size on are written past the caches
 
 // out[e] = sum_t w[t] * rows[t][e] for e in [0, n)
@@ -69,42 +70,6 @@ void combine(const S* const* rows, const A* w, int count, D* out, int64_t n) {
     case 4: return combine_n<4>(rows, w, 4, out, n);
     case 8: return combine_n<8>(rows, w, 8, out, n);
     default: return combine_n<0>(rows, w, count, out, n);
-  }
-}
-
-// Horizontal pass over pixels [d0, d1) where a pixel has at least one register of channels. `row` is the source pixel
-// `origin`, `out` the destination pixel d0.
-template <class S, class D, class A>
-void horizontal_pixels(const Plan<A>& plan, const S* row, int64_t origin, D* out, int64_t d0, int64_t d1) {
-  using V = Vec<A>;
-  constexpr int64_t L = kLanes<A>;
-  const Band<A>& h = plan.h;
-  const int64_t c = plan.channels;
-  for (int64_t d = d0; d < d1; ++d, out += c) {
-    const S* x = row + (h.first[d] - origin) * c;
-    const A* w = &h.weight[d * h.taps];
-    const int taps = h.count[d];
-    if (taps == 0) {
-      std::fill(out, out + c, D{});
-      continue;
-    }
-    int64_t e = 0;
-    for (; e + 2 * L <= c; e += 2 * L) {
-      V a0 = load(x + e) * w[0], a1 = load(x + e + L) * w[0];
-      for (int t = 1; t < taps; ++t) {
-        a0 += load(x + t * c + e) * w[t];
-        a1 += load(x + t * c + e + L) * w[t];
-      }
-      store(out + e, a0);
-      store(out + e + L, a1);
-    }
-    while (e < c) {  // the last register overlaps the one before it
-      const int64_t at = std::min(e, c - L);
-      V a = load(x + at) * w[0];
-      for (int t = 1; t < taps; ++t) a += load(x + t * c + at) * w[t];
-      store(out + at, a);
-      e = at + L;
-    }
   }
 }
 
@@ -189,6 +154,13 @@ void horizontal_phases(const Plan<A>& plan, const A* row, A* phase, D* out) {
   }
 }
 
+// Bilinear enlargement of wide pixels needs no ring.
+template <class A>
+bool in_blocks(const Plan<A>& plan) {
+  return plan.kind == Horizontal::pixels && !plan.rows_first && plan.v.taps <= 2 && plan.h.taps <= 2 && !plan.v.gaps &&
+         !plan.h.gaps;
+}
+
 // Scratch of one thread.
 template <class A>
 struct Scratch {
@@ -216,8 +188,15 @@ struct Walk {
       const int64_t c = plan.channels;
       const T* x = src + plane * plan.v.src * plan.h.src * c;
       T* y = dst + plane * plan.v.dst * plan.h.dst * c;
-      if (plan.rows_first) {
+      if (plan.kind == Horizontal::pixels && plan.v.sums && plan.h.sums && plan.v.taps * plan.h.taps <= 9) {
+        for (int64_t o = r0; o < r1; ++o) {
+          const int64_t in = plan.h.src * c;
+          sum_pixels(plan, x + plan.v.first[o] * in, plan.v.count[o], in, y + (o * plan.h.dst + d0) * c, d0, d1);
+        }
+      } else if (plan.rows_first) {
         vertical_first(x, y, r0, r1, d0, d1, scratch);
+      } else if (in_blocks(plan)) {
+        blocks_of_two(x, y, r0, r1, d0, d1, scratch);
       } else {
         horizontal_first(x, y, r0, r1, d0, d1, scratch);
       }
@@ -254,6 +233,22 @@ struct Walk {
       T* out = y + (o * plan.h.dst + d0) * c;
       combine(scratch.rows.data(), &plan.v.weight[o * plan.v.taps], count, stream ? staged : out, n);
       if (stream) stream_copy(out, staged, n * int64_t(sizeof(T)));
+    }
+  }
+
+  // Bilinear on pixels: no ring, the four corners stay in registers.
+  void blocks_of_two(const T* x, T* y, int64_t r0, int64_t r1, int64_t d0, int64_t d1, Scratch<A>& scratch) const {
+    const int64_t c = plan.channels, n = (d1 - d0) * c, in = plan.h.src * c, out = plan.h.dst * c;
+    scratch.wide.resize(2 * n);
+    for (int64_t o = r0; o < r1;) {
+      const Two<A> rows = two(plan.v, o, r1);
+      T* to[2] = {y + o * out + d0 * c, y + (o + rows.many - 1) * out + d0 * c};
+      T* staged[2] = {reinterpret_cast<T*>(scratch.wide.data()), reinterpret_cast<T*>(scratch.wide.data()) + n};
+      bilinear_pixels(plan, x + rows.near * in, x + rows.far * in, rows, stream ? staged : to, d0, d1);
+      if (stream) {
+        for (int r = 0; r < rows.many; ++r) stream_copy(to[r], staged[r], n * int64_t(sizeof(T)));
+      }
+      o += rows.many;
     }
   }
 
@@ -322,7 +317,7 @@ void banded(const Problem& p, int64_t threads, ParallelFor parallel) {
   const int64_t bytes = planes * plan->v.dst * plan->h.dst * c * int64_t(sizeof(T));
   Walk<T, A> walk{*plan, static_cast<const T*>(p.src), static_cast<T*>(p.dst), planes, plan->v.dst, 1, plan->h.dst, 1,
                   !plan->rows_first && bytes >= kStreamBytes};
-  if (plan->kind == Horizontal::pixels) {
+  if (plan->kind == Horizontal::pixels && !in_blocks(*plan)) {
     const int64_t widest = plan->rows_first ? std::max<int64_t>(1, plan->h.src / std::max<int64_t>(1, plan->h.dst)) : 1;
     walk.segment = std::min(plan->h.dst, std::max<int64_t>(1, kSegment / (c * widest)));
     walk.segments = (plan->h.dst + walk.segment - 1) / walk.segment;

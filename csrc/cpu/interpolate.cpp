@@ -1,19 +1,25 @@
 // Chooses the instruction set at run time.
 #include "cpu/plan.h"
 
+#include <cstdlib>
+#include <cstring>
+
 namespace aeup {
 namespace {
 
 #if defined(__x86_64__)
 enum class Isa { baseline, avx2, avx512 };
 
+// AEUP_ISA (baseline, avx2) asks for less than the processor has, for tests.
 Isa detect() {
+  const char* asked = std::getenv("AEUP_ISA");
+  const int most = !asked ? 2 : (!std::strcmp(asked, "baseline") ? 0 : (!std::strcmp(asked, "avx2") ? 1 : 2));
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+  if (most > 1 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq")) {
     return Isa::avx512;
   }
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? Isa::avx2 : Isa::baseline;
+  return most > 0 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") ? Isa::avx2 : Isa::baseline;
 }
 const Isa kIsa = detect();
 #endif

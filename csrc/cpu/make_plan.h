@@ -76,10 +76,9 @@ void plan_lookup(Plan<A>& plan) {
 template <class A>
 std::shared_ptr<const Plan<A>> make_plan(const Problem& p) {
   auto plan = std::make_shared<Plan<A>>();
-  const Axis<A> av = make_axis<A>(p, true, false), ah = make_axis<A>(p, false, false);
   plan->channels = p.channels_last ? p.c : 1;
-  plan->v = forward_band(av);
-  plan->h = forward_band(ah);
+  plan->v = forward_band<A>(p, true);
+  plan->h = forward_band<A>(p, false);
   if (p.backward) {
     plan->v = transpose(plan->v);
     plan->h = transpose(plan->h);

@@ -15,7 +15,8 @@ struct Band {
   int64_t src = 0, dst = 0, taps = 1;  // sizes, and the stride of `weight`
   std::vector<int32_t> first, count;
   std::vector<A> weight;
-  bool copies = true;  // every dst is one src with weight 1
+  bool gaps = false;  // some dst reads nothing, as in the gradient of a reduction
+  bool sums = false;  // every weight is 1, as in the gradient of nearest
 
   void resize(int64_t src_size, int64_t dst_size, int64_t most) {
     src = src_size;
@@ -53,8 +54,21 @@ Band<A> forward_band(const Axis<A>& axis) {
       band.first[o] = int32_t(lo);
       band.count[o] = int32_t(hi - lo + 1);
     }
-    band.copies = band.copies && band.count[o] == 1 && w[0] == A(1);
   }
+  return band;
+}
+
+// The bands of a problem by torch's CPU rules. Smooth weights are computed in float64 whatever the dtype is (a table
+// costs nothing), so that only the sums carry float32 rounding; a nearest index must round as torch's does.
+template <class A>
+Band<A> forward_band(const Problem& p, bool vertical) {
+  if (p.mode == Mode::nearest || p.mode == Mode::nearest_exact) return forward_band(make_axis<A>(p, vertical, false));
+  const Band<double> exact = forward_band(make_axis<double>(p, vertical, false));
+  Band<A> band;
+  band.resize(exact.src, exact.dst, exact.taps);
+  band.first = exact.first;
+  band.count = exact.count;
+  std::copy(exact.weight.begin(), exact.weight.end(), band.weight.begin());
   return band;
 }
 
@@ -74,14 +88,17 @@ Band<A> transpose(const Band<A>& band) {
   for (int64_t i = 0; i < band.src; ++i) {
     out.first[i] = first[i];
     out.count[i] = end[i] - first[i];
+    out.gaps = out.gaps || out.count[i] == 0;
   }
+  out.sums = true;
   for (int64_t o = 0; o < band.dst; ++o) {
     for (int32_t t = 0; t < band.count[o]; ++t) {
       const int64_t i = band.first[o] + t;
-      out.weight[i * most + o - first[i]] = band.weight[o * band.taps + t];
+      const A w = band.weight[o * band.taps + t];
+      out.weight[i * most + o - first[i]] = w;
+      out.sums = out.sums && w == A(1);
     }
   }
-  for (int64_t i = 0; i < out.dst; ++i) out.copies = out.copies && out.count[i] == 1 && out.weight[i * most] == A(1);
   return out;
 }
 

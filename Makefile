@@ -1,0 +1,51 @@
+# Each target does all its own set-up, in .venv. Variables: PYTHON (3.10 or newer), TORCH (what to install where the
+# environment has no torch), AEUP_CUDA and TORCH_CUDA_ARCH_LIST as in setup.py.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+PY := .venv/bin/python
+SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
+# Without a GPU the CUDA sources are still compiled and linked where nvcc is found, for one architecture.
+GPU := $(shell nvidia-smi -L 2>/dev/null)
+export TORCH_CUDA_ARCH_LIST ?= $(if $(GPU),,9.0)
+
+.PHONY: demo test check format clean
+demo: .venv/.train
+	$(PY) -m aeup train vae
+
+test: .venv/.test
+	$(PY) -m pytest tests
+
+check: .venv/.dev
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	.venv/bin/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+
+format: .venv/.dev
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	.venv/bin/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+
+clean:
+	rm -rf .venv build aeup/_C.* *.egg-info
+
+.venv/.torch:
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install -q "$(TORCH)" "setuptools>=70,<82" "numpy<2.4"
+	touch $@
+
+# The extension is built against the torch of .venv, so that no second torch is downloaded.
+.venv/.aeup: .venv/.torch $(SOURCES)
+	$(PY) -m pip install -q --no-build-isolation -e .
+	touch $@
+
+.venv/.train: .venv/.aeup
+	$(PY) -m pip install -q --no-build-isolation -e ".[train]"
+	touch $@
+
+.venv/.test: .venv/.aeup
+	$(PY) -m pip install -q --no-build-isolation -e ".[test,triton]" "numpy<2.4"
+	touch $@
+
+.venv/.dev: .venv/.test
+	$(PY) -m pip install -q --no-build-isolation -e ".[dev]" "numpy<2.4"
+	touch $@
