@@ -10,7 +10,7 @@ _INFO = Path(__file__).with_name("_C.json")
 
 
 def build_info():
-    """What the extension was built with: torch, torch_min, cuda (architectures or None), isas, machine; {} if absent."""
+    """What the extension was built with: torch, torch_min, cuda (architectures or None), isas, machine. {} if none."""
     try:
         return json.loads(_INFO.read_text())
     except FileNotFoundError:

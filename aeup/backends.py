@@ -69,8 +69,9 @@ def backend(name: str):
         _forced.reset(token)
 
 
-def choose(op: Op, device: torch.device, args: tuple, name: str | None = None) -> Kernel:
-    """The kernel that serves op(*args). Raises BackendError where `name` (default: get_backend()) cannot."""
+def choose(op: Op, src: torch.Tensor, args: tuple, name: str | None = None) -> Kernel:
+    """The kernel that serves op(*args) on the device of `src`. Raises BackendError where `name` (default:
+    get_backend()) cannot."""
     name = name or _forced.get() or _default
     if name != "auto":
         kernel = op.kernels[name]
@@ -78,11 +79,11 @@ def choose(op: Op, device: torch.device, args: tuple, name: str | None = None) -
         if reason:
             raise BackendError(f"{op.name}: backend {name!r} cannot serve this call: {reason}")
         return kernel
-    for candidate in _ORDER.get(device.type, ("torch",)):
+    for candidate in _ORDER["cpu"] if src.is_cpu else _ORDER.get(src.device.type, ("torch",)):
         kernel = op.kernels[candidate]
         if kernel.refuses(*args) is None:
             return kernel
-    raise BackendError(f"{op.name}: no backend serves this call on {device}")
+    raise BackendError(f"{op.name}: no backend serves this call on {src.device}")
 
 
 # --- explain ---

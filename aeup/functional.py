@@ -1,6 +1,7 @@
 """Functions with the signatures of torch.nn.functional, on aeup's kernels."""
 
 import math
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -59,10 +60,21 @@ def interpolate(
     if mode not in MODES or input.dim() != 4:
         note_torch("aeup.interpolate", f"{list(input.shape)}, {mode}", f"serves 4-D input in modes {', '.join(MODES)}")
         return F.interpolate(input, size, scale_factor, mode, align_corners, recompute_scale_factor, antialias)
-    return resample(input, _map(input, size, scale_factor, mode, align_corners, recompute_scale_factor, antialias))
+    shape = input.shape
+    if shape[1] == 0:
+        raise RuntimeError(f"Non-empty 4D data tensor expected but got a tensor with sizes {list(shape)}")
+    spatial = (shape[2], shape[3])
+    options = (size, scale_factor, mode, align_corners, recompute_scale_factor, antialias)
+    if torch.compiler.is_compiling():
+        return resample(input, _map(spatial, *options))
+    try:
+        m = _cached_map(spatial, type(size) is tuple and tuple(map(type, size)), *options)
+    except TypeError:  # no hash (a list, a symbolic size), or a `size` that _map refuses
+        m = _map(spatial, *options)
+    return resample(input, m)
 
 
-def _map(input, size, scale_factor, mode, align_corners, recompute_scale_factor, antialias) -> Map:
+def _map(spatial, size, scale_factor, mode, align_corners, recompute_scale_factor, antialias) -> Map:
     smooth = mode == "bilinear" or mode == "bicubic"
     if align_corners is not None and not smooth:
         raise ValueError(
@@ -74,7 +86,7 @@ def _map(input, size, scale_factor, mode, align_corners, recompute_scale_factor,
             "Anti-alias option is restricted to bilinear, bicubic, and lanczos modes and requires a 4-D tensor as "
             f"input; got antialias={antialias} with mode={mode!r}"
         )
-    n, c, ih, iw = input.shape
+    ih, iw = spatial
     scale_h = scale_w = None
     if size is not None:
         if scale_factor is not None:
@@ -83,16 +95,15 @@ def _map(input, size, scale_factor, mode, align_corners, recompute_scale_factor,
             )
         if recompute_scale_factor:
             raise ValueError("recompute_scale_factor is not meaningful with an explicit size.")
-        oh, ow = _pair(size, "output size", "output size of {}", "output size in (o1, o2, ...,oK)", input)
+        oh, ow = _pair(size, "output size", "output size of {}", "output size in (o1, o2, ...,oK)", spatial)
         if not (isinstance(oh, (int, torch.SymInt)) and isinstance(ow, (int, torch.SymInt))):
             oh, ow = _as_ints(oh, ow)
     elif scale_factor is not None:
         form = "scale_factor of shape {}"
-        scale_h, scale_w = _pair(scale_factor, "scale_factor", form, "scale_factor in (s1, s2, ...,sK)", input)
+        scale_h, scale_w = _pair(scale_factor, "scale_factor", form, "scale_factor in (s1, s2, ...,sK)", spatial)
         if not (0 < scale_h < math.inf and 0 < scale_w < math.inf):
             raise RuntimeError(
-                f"scale_factor must be finite and greater than 0, got {scale_factor} "
-                f"(input sizes H: {ih}, W: {iw})"
+                f"scale_factor must be finite and greater than 0, got {scale_factor} (input sizes H: {ih}, W: {iw})"
             )
         oh, ow = torch.sym_int(ih * scale_h), torch.sym_int(iw * scale_w)
         if recompute_scale_factor:
@@ -106,19 +117,23 @@ def _map(input, size, scale_factor, mode, align_corners, recompute_scale_factor,
             f"Input and output sizes should be greater than 0, but got input (H: {ih}, W: {iw}) output (H: {oh}, "
             f"W: {ow})"
         )
-    if c == 0:
-        raise RuntimeError(f"Non-empty 4D data tensor expected but got a tensor with sizes {list(input.shape)}")
     return Map(ih, iw, oh, ow, mode, bool(align_corners), antialias, scale_h, scale_w)
 
 
-def _pair(value, name, given, form, input):
+@lru_cache(1024, typed=True)
+def _cached_map(spatial, size_types, *options) -> Map:
+    """_map, once per geometry. `size_types` keeps (2, 2) and (2.0, 2), which are equal, apart."""
+    return _map(spatial, *options)
+
+
+def _pair(value, name, given, form, spatial):
     if not isinstance(value, (list, tuple)):
         return value, value
     if len(value) != 2:
         what = "Input and output" if name == "output size" else "Input and scale_factor"
         raise ValueError(
             f"{what} must have the same number of spatial dimensions, but got input with spatial dimensions of "
-            f"{list(input.shape[2:])} and {given.format(value)}. Please provide input tensor in (N, C, d1, d2, ...,dK) "
+            f"{list(spatial)} and {given.format(value)}. Please provide input tensor in (N, C, d1, d2, ...,dK) "
             f"format and {form} format."
         )
     return value

@@ -7,7 +7,19 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DTYPES, LAYOUTS, MODES, SMOOTH, Case, cases, check_budget, gradient, reference_of, sample, torch_serves
+from cases import (
+    DTYPES,
+    LAYOUTS,
+    MODES,
+    SMOOTH,
+    Case,
+    cases,
+    check_budget,
+    gradient,
+    reference_of,
+    sample,
+    torch_serves,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -143,7 +155,12 @@ def test_empty_batch_and_single_pixels(mode):
 @pytest.mark.parametrize("channels", (1, 3, 40))
 def test_inf_and_nan_spread_no_further_than_in_torch(mode, layout, channels):
     g = torch.Generator().manual_seed(3)
-    for kwargs in ({"scale_factor": 2}, {"size": (29, 23)}, {"scale_factor": 2, "align_corners": True}, {"size": (9, 8)}):
+    for kwargs in (
+        {"scale_factor": 2},
+        {"size": (29, 23)},
+        {"scale_factor": 2, "align_corners": True},
+        {"size": (9, 8)},
+    ):
         for bad in (float("inf"), float("-inf"), float("nan")):
             x = torch.randn(1, channels, 12, 11, generator=g)
             x[torch.rand(x.shape, generator=g) < 0.02] = bad

@@ -49,16 +49,17 @@ def reference(src: Tensor, m: Map, backward: bool) -> Tensor:
     return op.default(src, *sizes, *align, m.scale_h, m.scale_w)
 
 
-def _native_call(src: Tensor, m: Map, backward: bool):
-    return (
-        src, m.ih, m.iw, m.oh, m.ow, _MODE_NUMBER[m.mode], m.align_corners, m.antialias,
-        m.scale_h or 0.0, m.scale_w or 0.0, backward,
-    )  # fmt: skip
+@lru_cache(4096)
+def _native_args(m: Map) -> tuple:
+    return (*m[:4], _MODE_NUMBER[m.mode], m.align_corners, m.antialias, m.scale_h or 0.0, m.scale_w or 0.0)
+
+
+_native_op = None if _native.missing else torch.ops.aeup_native.interpolate.default
 
 
 def _native_run(src: Tensor, m: Map, backward: bool) -> Tensor:
     try:
-        return torch.ops.aeup_native.interpolate.default(*_native_call(src, m, backward))
+        return _native_op(src, *_native_args(m), backward)
     except RuntimeError as error:  # the stable ABI loses the type
         if "out of memory" in str(error):
             raise torch.OutOfMemoryError(str(error)) from error
@@ -66,7 +67,7 @@ def _native_run(src: Tensor, m: Map, backward: bool) -> Tensor:
 
 
 def _native_label(device: torch.device, src: Tensor, m: Map, backward: bool) -> str:
-    return torch.ops.aeup_native.interpolate_kernel.default(*_native_call(src, m, backward), device.type == "cuda")
+    return torch.ops.aeup_native.interpolate_kernel.default(src, *_native_args(m), backward, device.type == "cuda")
 
 
 def _dtype_refusal(src: Tensor, backward: bool, byte_modes: tuple[str, ...], mode: str) -> str | None:
@@ -96,9 +97,8 @@ def _cpu_refuses(src: Tensor, m: Map, backward: bool) -> str | None:
 
 
 def _cuda_refuses(src: Tensor, m: Map, backward: bool) -> str | None:
-    if not _native.cuda and not _native.missing:
-        return "the extension was built without CUDA"
-    return _native_refusal(src, m, backward, "cuda", MODES[:2])
+    reason = _native_refusal(src, m, backward, "cuda", MODES[:2])
+    return reason if reason or _native.cuda else "the extension was built without CUDA"
 
 
 @lru_cache(None)
@@ -153,7 +153,7 @@ def _map_of(src: Tensor, size, backward: bool, mode, align_corners=False, antial
 def _register(name: str, adjoint: str, backward: bool):
     def run(src, size, *args):
         m = _map_of(src, size, backward, *args)
-        return choose(OP, src.device, (src, m, backward)).run(src, m, backward)
+        return choose(OP, src, (src, m, backward)).run(src, m, backward)
 
     def fake(src, size, *args, **kwargs):
         m = _map_of(src, size, backward, *args, **kwargs)
@@ -191,46 +191,61 @@ _register("interpolate_backward", "interpolate", True)
 class _Resample(torch.autograd.Function):
     @staticmethod
     def forward(ctx, src, m, backward, backend):
-        ctx.m, ctx.backward_map, ctx.backend = m, backward, backend
+        ctx.m, ctx.adjoint, ctx.backend = m, backward, backend
         ctx.set_materialize_grads(False)
-        return choose(OP, src.device, (src, m, backward), backend).run(src, m, backward)
+        return choose(OP, src, (src, m, backward), backend).run(src, m, backward)
 
     @staticmethod
     def backward(ctx, grad):
-        if grad is None:
-            return None, None, None, None
-        return _resample(grad, ctx.m, not ctx.backward_map, ctx.backend), None, None, None
+        out = None if grad is None else _resample(grad, ctx.m, not ctx.adjoint, ctx.backend)
+        return out, None, None, None
 
     @staticmethod
     def jvp(ctx, tangent, *_):
-        return None if tangent is None else _resample(tangent, ctx.m, ctx.backward_map, ctx.backend)
+        return None if tangent is None else _resample(tangent, ctx.m, ctx.adjoint, ctx.backend)
+
+
+class _TransformedResample(_Resample):
+    """For torch.func, which wants the context apart; torch binds its arguments by inspection, which costs 10 us."""
+
+    @staticmethod
+    def forward(src, m, backward, backend):
+        return choose(OP, src, (src, m, backward), backend).run(src, m, backward)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, ctx.m, ctx.adjoint, ctx.backend = inputs
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def vmap(info, in_dims, src, *args):
+        src = src.movedim(in_dims[0], 0)
+        return _resample(src.flatten(0, 1), *args).unflatten(0, src.shape[:2]), 0
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _modes_active = torch._C._len_torch_dispatch_stack
-_transforms_active = torch._C._functorch.peek_interpreter_stack
+_transforms_active = torch._C._are_functorch_transforms_active
+_tracing = torch._C._get_tracing_state
 _forward_ad = torch.autograd.forward_ad
 
 
-def _resample(src: Tensor, m: Map, backward: bool, backend: str) -> Tensor:
-    if (
-        torch.compiler.is_compiling()
-        or type(src) not in _PLAIN
-        or _modes_active()
-        or _transforms_active() is not None
-        or torch._C._get_tracing_state() is not None
-    ):
+def _resample(src: Tensor, m: Map, backward: bool, backend: str | None = None) -> Tensor:
+    if torch.compiler.is_compiling() or type(src) not in _PLAIN or _modes_active() or _tracing() is not None:
         op = torch.ops.aeup.interpolate_backward if backward else torch.ops.aeup.interpolate
         size = (m.ih, m.iw) if backward else (m.oh, m.ow)
         return op.default(src, size, *m[4:])
+    backend = backend or get_backend()
+    if _transforms_active():
+        return _TransformedResample.apply(src, m, backward, backend)
     if (src.requires_grad and torch.is_grad_enabled()) or _forward_ad._current_level >= 0:
         return _Resample.apply(src, m, backward, backend)
-    return choose(OP, src.device, (src, m, backward), backend).run(src, m, backward)
+    return choose(OP, src, (src, m, backward), backend).run(src, m, backward)
 
 
 def resample(src: Tensor, m: Map) -> Tensor:
     """The map `m` of `src` [N, C, ih, iw], differentiable: [N, C, oh, ow] in the dtype and memory format of `src`."""
-    return _resample(src, m, False, get_backend())
+    return _resample(src, m, False)
 
 
 def note_both(src: Tensor, m: Map, backward: bool) -> None:
