@@ -6,6 +6,8 @@ PY := .venv/bin/python
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 # Without a GPU the CUDA sources are still compiled and linked where nvcc is found, for one architecture.
 GPU := $(shell nvidia-smi -L 2>/dev/null)
+# OpenMP threads that spin while they wait stall each other where the cores are busy with other work.
+export OMP_WAIT_POLICY ?= passive
 export TORCH_CUDA_ARCH_LIST ?= $(if $(GPU),,9.0)
 
 .PHONY: demo test check format clean

@@ -1,12 +1,14 @@
 """aeup: fast, exact upsampling for PyTorch decoders."""
 
 from aeup.backends import BackendError, backend, explain, get_backend, set_backend
+from aeup.decoder import Decoder
 from aeup.functional import interpolate
 from aeup.nn import Upsample, UpsamplingBilinear2d, UpsamplingNearest2d
 
 __version__ = "0.1.0"
 __all__ = [
     "BackendError",
+    "Decoder",
     "Upsample",
     "UpsamplingBilinear2d",
     "UpsamplingNearest2d",

@@ -1,0 +1,3 @@
+from aeup.cli import main
+
+main(prog_name="python -m aeup")

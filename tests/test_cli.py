@@ -1,0 +1,152 @@
+"""The command line: exit codes, messages, and the way through a run."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from aeup import backend
+from aeup.cli import MODEL_NAMES, main
+from aeup.models import MODELS, VAE
+from aeup.train import TrainConfig
+from aeup.train.checkpoint import load_state
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """The models here are tiny: a second thread only waits for the first."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def data(tmp_path):
+    np.savez(tmp_path / "data.npz", images=np.random.default_rng(0).random((30, 8, 8)))
+    return str(tmp_path / "data.npz")
+
+
+def aeup(*args):
+    result = CliRunner().invoke(main, [str(a) for a in args])
+    assert "Traceback" not in result.output
+    return result
+
+
+def test_the_names_of_the_models_are_those_of_the_package():
+    assert list(MODEL_NAMES) == sorted(MODELS)
+
+
+def test_train_and_resume(tmp_path, data):
+    run = tmp_path / "run"
+    options = ["--data", data, "--epochs", 2, "--batch-size", 8, "--latent", 3, "--upsample", "bilinear", "--seed", 4]
+    result = aeup("train", "vae", *options, "--lr", 0.002, "--device", "cpu", "--out", run)
+    assert result.exit_code == 0, result.output
+    assert "epoch 2/2" in result.output and str(run) in result.output
+    state = load_state(run / "last.pt")
+    assert state["train"]["seed"] == 4 and state["train"]["lr"] == 0.002 and state["train"]["batch_size"] == 8
+    assert state["model_config"]["latent_dim"] == 3 and state["model_config"]["upsample"] == "bilinear"
+    assert state["train"]["bf16"] is False and state["train"]["channels_last"] is False
+    result = aeup("train", "vae", "--resume", run, "--epochs", 3)
+    assert result.exit_code == 0 and "epoch 3/3" in result.output and "epoch 2/3" not in result.output
+
+
+def test_the_default_folder_is_named_after_the_model_and_the_time(tmp_path, data, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert aeup("train", "ae", "--data", data, "--epochs", 1).exit_code == 0
+    (run,) = (tmp_path / "runs").iterdir()
+    assert run.name.startswith("ae-20") and (run / "best.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "args, says",
+    [
+        (["paint"], "No such command 'paint'"),
+        (["train"], "Missing argument"),
+        (["train", "gan"], "'gan' is not one of"),
+        (["train", "vae", "--epochs", "0"], "--epochs"),
+        (["train", "vae", "--lr", "-1"], "--lr"),
+        (["train", "vae", "--upsample", "area"], "'area' is not one of"),
+        (["train", "vae", "--device", "abacus"], "'abacus' is not a device"),
+        (["train", "vae", "--device", "meta"], "allowed are cpu and cuda"),
+        (["train", "vae", "--device", "cuda:99"], "CUDA devices"),
+        (["train", "vae", "--resume", "run", "--seed", "1"], "cannot be combined with --seed"),
+    ],
+)
+def test_wrong_usage_is_exit_code_2(args, says):
+    result = aeup(*args)
+    assert result.exit_code == 2 and says in result.output
+
+
+def test_failures_are_exit_code_1(tmp_path, data, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "run"
+    for args, says in [
+        (["--data", tmp_path / "nowhere"], "nowhere: no such file or folder"),
+        (["--data", data, "--out", tmp_path], "is not empty"),
+        (["--resume", run], "last.pt: cannot be read"),
+        (["--data", data, "--lr", "1e30", "--out", run], "is not finite"),
+    ]:
+        result = aeup("train", "vae", "--epochs", 3, *args)
+        assert result.exit_code == 1, result.output
+        assert says in result.output and result.output.startswith(("Error: ", "vae: "))
+    assert not (tmp_path / "runs").exists()
+    result = aeup("train", "ae", "--resume", run)
+    assert result.exit_code == 2 and "holds a run of 'vae', not 'ae'" in result.output
+    (run / "last.pt").write_bytes((run / "last.pt").read_bytes()[:1000])
+    result = aeup("train", "vae", "--resume", run)
+    assert result.exit_code == 1 and "last.pt: not a whole checkpoint" in result.output
+
+
+def test_ctrl_c_is_exit_code_130_and_says_how_to_go_on(tmp_path, data, monkeypatch):
+    def loss(self, x):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(VAE, "loss", loss)
+    result = aeup("train", "vae", "--data", data, "--out", tmp_path / "run")
+    assert result.exit_code == 130 and f"--resume {tmp_path / 'run'}" in result.output
+
+
+def test_too_many_stages_for_small_images_is_said(tmp_path):
+    np.savez(tmp_path / "tiny.npz", images=np.zeros((9, 2, 2)))
+    result = aeup("train", "vae", "--data", tmp_path / "tiny.npz", "--out", tmp_path / "run")
+    assert result.exit_code == 2 and "is too small for 2 doubling stages" in result.output
+
+
+def test_a_backend_that_cannot_serve_is_said(tmp_path, data):
+    with backend("cuda"):
+        result = aeup("train", "vae", "--data", data, "--device", "cpu", "--out", tmp_path / "run")
+    assert result.exit_code == 1 and "Error: aeup.interpolate: backend 'cuda' cannot serve" in result.output
+
+
+def test_the_help_states_the_real_defaults():
+    help = " ".join(aeup("train", "--help").output.split())
+    config, model = TrainConfig(), VAE.Config()
+    for default in (config.epochs, config.batch_size, config.lr, config.seed, model.latent_dim, model.upsample):
+        assert f"[default: {default}]" in help
+    assert f"{config.data} (default)" in help
+
+
+def test_info_names_versions_devices_and_backends():
+    result = aeup("info")
+    assert result.exit_code == 0
+    assert torch.__version__ in result.output and "cuda" in result.output and "-> " in result.output
+    for name in ("cuda", "triton", "cpu", "torch"):
+        assert name in result.output
+
+
+def test_bench_without_its_packages_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "aeup.bench.cli", None)
+    assert aeup("--help").exit_code == 0
+    result = aeup("bench", "interpolate", "--json", "x")
+    assert result.exit_code == 1 and 'pip install "aeup[bench]"' in result.output
+
+
+def test_threads_and_module_entry(tmp_path, data):
+    command = [sys.executable, "-m", "aeup", "train", "ae", "--data", data, "--epochs", "1", "--threads", "1"]
+    done = subprocess.run([*command, "--out", str(tmp_path / "run")], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "epoch 1/1" in done.stdout and (tmp_path / "run" / "reconstructions.png").exists()

@@ -1,0 +1,369 @@
+"""Training: resume, checkpoints that are whole or absent, pictures, bad losses."""
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from aeup.models import VAE
+from aeup.train import CheckpointError, Interrupted, TrainConfig, TrainingError, checkpoint, load_model, loop, train
+from aeup.train.checkpoint import load_state, save_model, save_state, write_atomic
+from aeup.train.pictures import grid, pairs
+
+OPTIONS = dict(channels=(6, 4, 4), hidden=8, latent_dim=3)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """The models here are tiny: a second thread only waits for the first."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def silent(**more):
+    return Console(file=io.StringIO(), **more)
+
+
+@pytest.fixture
+def config(tmp_path):
+    shapes = np.random.default_rng(0).random((50, 8, 12)) * (np.arange(12) > 4)
+    np.savez(tmp_path / "data.npz", images=shapes)
+    return TrainConfig(data=str(tmp_path / "data.npz"), epochs=4, batch_size=12, warmup=3, options=OPTIONS)
+
+
+def losses(rows):
+    return [(row["epoch"], row["step"], row["lr"], row["train"], row["validation"]) for row in rows]
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def stop_at(monkeypatch, call, error):
+    """The model's loss raises at its n-th call in training."""
+    real, count = VAE.loss, [0]
+
+    def loss(self, x):
+        count[0] += self.training
+        if count[0] == call:
+            raise error
+        return real(self, x)
+
+    monkeypatch.setattr(VAE, "loss", loss)
+
+
+@pytest.mark.parametrize("name", ["vae", "ae"])
+def test_training_lowers_the_loss_and_leaves_its_files(tmp_path, config, name):
+    config.model = name
+    rows = train(config, tmp_path / "run", console=silent())
+    objective = "negative_elbo" if name == "vae" else "reconstruction"
+    assert rows[-1]["validation"][objective] < rows[0]["validation"][objective]
+    assert [row["step"] for row in rows] == [4, 8, 12, 16]
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == rows
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert stored["model"]["image_size"] == [8, 12] and stored["train"]["batch_size"] == 12
+    files = {p.name for p in (tmp_path / "run").iterdir()}
+    pictures = {"reconstructions.png", "samples.png"} if name == "vae" else {"reconstructions.png"}
+    kept = {"last.pt", "last.safetensors", "best.pt", "best.safetensors", "config.json", "metrics.jsonl"}
+    assert files == kept | pictures
+    for picture in pictures:
+        with Image.open(tmp_path / "run" / picture) as image:
+            assert image.mode == "L" and len(np.unique(np.asarray(image))) > 2
+
+
+def test_the_seed_decides_the_losses_and_the_caller_keeps_its_random_state(tmp_path, config):
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    first = train(config, tmp_path / "a", console=silent())
+    assert torch.equal(before, torch.get_rng_state())
+    torch.manual_seed(8)
+    again = train(config, tmp_path / "b", console=silent())
+    config.seed = 1
+    other = train(config, tmp_path / "c", console=silent())
+    assert losses(first) == losses(again) != losses(other)
+
+
+@pytest.mark.parametrize("extra", [{}, {"channels_last": True}, {"bf16": True}])
+def test_an_interrupted_run_resumes_bit_for_bit(tmp_path, config, monkeypatch, extra):
+    for key, value in extra.items():
+        setattr(config, key, value)
+    whole = train(config, tmp_path / "whole", console=silent())
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2 * 4 + 3, KeyboardInterrupt())  # in the third epoch of four batches each
+        with pytest.raises(Interrupted, match="stopped in epoch 3; .*last.pt holds epoch 2") as stopped:
+            train(config, tmp_path / "run", console=silent())
+    assert stopped.value.signum == signal.SIGINT
+    assert load_state(tmp_path / "run" / "last.pt")["epoch"] == 2
+    rows = train(out=tmp_path / "run", resume=True, console=silent())
+    assert losses(rows) == losses(whole)
+    a, b = (load_state(tmp_path / run / "last.pt") for run in ("whole", "run"))
+    assert all(same(a[key], b[key]) for key in ("weights", "optimizer", "random", "best", "epoch"))
+    a, b = (load_model(tmp_path / run / "best.safetensors") for run in ("whole", "run"))
+    assert same(dict(a.state_dict()), dict(b.state_dict()))
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_interrupted_before_the_first_epoch_ends(tmp_path, config, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 1, KeyboardInterrupt())
+        with pytest.raises(Interrupted, match="stopped in epoch 1"):
+            train(config, tmp_path / "run", console=silent())
+    whole = train(config, tmp_path / "whole", console=silent())
+    assert losses(train(out=tmp_path / "run", resume=True, console=silent())) == losses(whole)
+
+
+def test_resume_to_more_epochs_and_not_to_fewer(tmp_path, config):
+    train(config, tmp_path / "run", console=silent())
+    assert len(train(out=tmp_path / "run", resume=True, console=silent())) == 4
+    assert len(train(out=tmp_path / "run", resume=True, epochs=5, console=silent())) == 5
+    with pytest.raises(ValueError, match="epochs=2, but .* already has 5"):
+        train(out=tmp_path / "run", resume=True, epochs=2, console=silent())
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, config, monkeypatch):
+    real, count = os.fsync, [0]
+
+    def fsync(file):
+        count[0] += 1
+        if count[0] > 20:
+            raise OSError(28, "No space left on device")
+        real(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.os, "fsync", fsync)
+        with pytest.raises(OSError, match="No space left"):
+            train(config, tmp_path / "run", console=silent())
+    assert not list((tmp_path / "run").glob(".*"))
+    assert 1 <= load_state(tmp_path / "run" / "last.pt")["epoch"] < 4
+    load_model(tmp_path / "run" / "last.safetensors")
+    whole = train(config, tmp_path / "whole", console=silent())
+    assert losses(train(out=tmp_path / "run", resume=True, console=silent())) == losses(whole)
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_an_interrupted_write_keeps_the_old_file(tmp_path, monkeypatch, step, error):
+    write_atomic(tmp_path / "x", b"old")
+
+    def fail(*args):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.os, step, fail)
+        with pytest.raises(type(error)):
+            write_atomic(tmp_path / "x", b"new")
+    assert [p.name for p in tmp_path.iterdir()] == ["x"] and (tmp_path / "x").read_bytes() == b"old"
+
+
+def test_sigterm_stops_a_real_process_with_a_whole_checkpoint(tmp_path, config):
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "aeup", "train", "vae", "--data", config.data, "--epochs", "100000"]
+    process = subprocess.Popen(
+        [*command, "--out", str(run), "--threads", "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not (run / "samples.png").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.terminate()
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 143, err
+    assert "continue with: aeup train vae --resume" in err and "Traceback" not in err
+    assert load_state(run / "last.pt")["epoch"] >= 1
+    assert load_model(run / "last.safetensors").config.image_size == (8, 12)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_names_the_step(tmp_path, config, monkeypatch, bad):
+    real, count = VAE.loss, [0]
+
+    def loss(self, x):
+        count[0] += self.training
+        parts = real(self, x)
+        if count[0] == 7:
+            parts["kl"] = parts["kl"] * bad
+        return parts
+
+    monkeypatch.setattr(VAE, "loss", loss)
+    with pytest.raises(TrainingError, match="step 7: .*KL (nan|inf).* is not finite; .*last.pt holds epoch 1"):
+        train(config, tmp_path / "run", console=silent())
+    assert all(v.isfinite().all() for v in load_state(tmp_path / "run" / "last.pt")["weights"].values())
+
+
+def test_a_bad_step_between_looks_is_still_the_one_named(tmp_path, config, monkeypatch):
+    """As on a GPU, where the losses are looked at every few steps only."""
+    monkeypatch.setattr(loop, "CHECK_EVERY", {"cpu": 3})
+    config.epochs, config.lr = 1, 1.0
+    real, count = VAE.loss, [0]
+
+    def loss(self, x):
+        count[0] += self.training
+        parts = real(self, x)
+        return {k: v + (float("nan") if count[0] == 2 else 0.0) for k, v in parts.items()}
+
+    monkeypatch.setattr(VAE, "loss", loss)
+    with pytest.raises(TrainingError, match="step 2: "):
+        train(config, tmp_path / "run", console=silent())
+
+
+def test_a_folder_that_is_not_empty_is_left_alone(tmp_path, config):
+    with pytest.raises(FileExistsError, match="is not empty"):
+        train(config, tmp_path, console=silent())
+    assert [p.name for p in tmp_path.iterdir()] == ["data.npz"]
+
+
+def test_changed_data_is_noticed(tmp_path, config):
+    train(config, tmp_path / "run", console=silent())
+    np.savez(config.data, images=np.zeros((40, 8, 12)))
+    with pytest.raises(TrainingError, match="data.npz: training images .*the data changed"):
+        train(out=tmp_path / "run", resume=True, epochs=5, console=silent())
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (dict(model="gan"), "model must be one of .*'gan'"),
+        (dict(epochs=0), "epochs must be at least 1, got 0"),
+        (dict(batch_size=0), "batch_size must be at least 1"),
+        (dict(lr=float("nan")), "lr must be finite"),
+    ],
+)
+def test_config_refuses(change, says):
+    with pytest.raises(ValueError, match=says):
+        TrainConfig(**change)
+
+
+def test_learning_rate_warms_up_and_decays():
+    config = TrainConfig(lr=1.0, warmup=10)
+    rates = [config.lr_at(i, 100) for i in range(100)]
+    assert rates[0] == pytest.approx(0.1) and max(rates) == rates[9] and 0 < rates[99] < 0.001
+    assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    torch.manual_seed(0)
+    model = VAE(VAE.Config(image_size=(8, 8), **OPTIONS))
+    save_model(tmp_path / "m.safetensors", model, epoch=3)
+    weights = dict(model.state_dict())
+    save_state(tmp_path / "m.pt", {"model": "vae", "epoch": 3, "weights": weights})
+    return tmp_path, model
+
+
+def test_model_file_round_trip(saved):
+    folder, model = saved
+    again = load_model(folder / "m.safetensors")
+    assert not again.training and again.config == model.config
+    assert same(dict(again.state_dict()), dict(model.state_dict()))
+    assert torch.load(folder / "m.pt", weights_only=True)["epoch"] == 3
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -1])
+def test_cut_files_are_named(saved, keep):
+    folder, _ = saved
+    for name, read in (("m.safetensors", load_model), ("m.pt", load_state)):
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole[:keep])
+        with pytest.raises(CheckpointError, match=f"{name}: not a "):
+            read(folder / name)
+
+
+def test_a_flipped_bit_is_noticed(saved):
+    folder, _ = saved
+    data = bytearray((folder / "m.safetensors").read_bytes())
+    data[-100] ^= 1
+    (folder / "m.safetensors").write_bytes(data)
+    with pytest.raises(CheckpointError, match="m.safetensors: damaged: the weights do not match"):
+        load_model(folder / "m.safetensors")
+    with zipfile.ZipFile(folder / "m.pt") as archive:
+        biggest = max(archive.infolist(), key=lambda i: i.file_size)
+    data = bytearray((folder / "m.pt").read_bytes())
+    data[biggest.header_offset + biggest.compress_size] ^= 1
+    (folder / "m.pt").write_bytes(data)
+    with pytest.raises(CheckpointError, match="m.pt: damaged: .*checksum"):
+        load_state(folder / "m.pt")
+
+
+def test_foreign_and_newer_checkpoints(saved, monkeypatch):
+    import safetensors.torch
+
+    folder, model = saved
+    safetensors.torch.save_file({"w": torch.zeros(2)}, folder / "foreign.safetensors")
+    with pytest.raises(CheckpointError, match="foreign.safetensors: .*not an aeup checkpoint"):
+        load_model(folder / "foreign.safetensors")
+    torch.save({"w": torch.zeros(2)}, folder / "foreign.pt")
+    with pytest.raises(CheckpointError, match="foreign.pt: .*not an aeup checkpoint"):
+        load_state(folder / "foreign.pt")
+    with pytest.raises(CheckpointError, match="absent.pt: cannot be read"):
+        load_state(folder / "absent.pt")
+    with pytest.raises(CheckpointError, match="absent.safetensors: not a readable"):
+        load_model(folder / "absent.safetensors")
+    monkeypatch.setattr(checkpoint, "FORMAT", 99)
+    for name, read in (("m.safetensors", load_model), ("m.pt", load_state)):
+        with pytest.raises(CheckpointError, match=f"{name}: checkpoint format 1, this aeup reads 99"):
+            read(folder / name)
+    monkeypatch.undo()
+    monkeypatch.setattr(checkpoint, "MODELS", {})
+    with pytest.raises(CheckpointError, match="unknown model 'vae'"):
+        load_state(folder / "m.pt")
+
+
+def test_a_state_of_other_weights_is_refused(tmp_path, config):
+    config.epochs = 1
+    train(config, tmp_path / "run", console=silent())
+    state = load_state(tmp_path / "run" / "last.pt")
+    state["weights"].pop("encoder.output.bias")
+    save_state(tmp_path / "run" / "last.pt", state)
+    with pytest.raises(CheckpointError, match="last.pt: the state does not fit .*encoder.output.bias"):
+        train(out=tmp_path / "run", resume=True, epochs=2, console=silent())
+
+
+def test_the_progress_bar_shows_rate_and_losses(tmp_path, config):
+    console = silent(force_terminal=True, width=160)
+    train(config, tmp_path / "run", console=console)
+    text = console.file.getvalue()
+    assert "epoch 4/4" in text and "images/s" in text
+    assert "reconstruction" in text and "KL" in text and "-ELBO" in text
+
+
+def test_the_readme_examples_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/vae-20260101-120000").mkdir(parents=True)
+    save_model(tmp_path / "runs/vae-20260101-120000/best.safetensors", VAE())
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.S)
+    assert len(blocks) >= 4
+    names = {}
+    for block in blocks:
+        exec(block, names)
+    assert names["image"].shape == (4, 3, 28, 28) and names["images"].shape == (16, 1, 28, 28)
+
+
+def test_grid_and_pairs():
+    x = torch.arange(4.0).reshape(4, 1, 1, 1).expand(4, 1, 2, 3) / 3
+    picture = grid(x, columns=2, zoom=1)
+    assert picture.shape == (2 * 4 + 2, 2 * 5 + 2, 1) and picture.dtype == torch.uint8
+    assert picture[2:4, 2:5].eq(0).all() and picture[6:8, 7:10].eq(255).all() and picture[0].eq(128).all()
+    assert grid(x, columns=4).shape[1] == 4 * (3 * 18 + 2) + 2
+    order = pairs(x, x + 10, columns=2)[:, 0, 0, 0] * 3
+    torch.testing.assert_close(order, torch.tensor([0.0, 1, 30, 31, 2, 3, 32, 33]))
