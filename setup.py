@@ -64,6 +64,10 @@ def gencode():
 
 
 class BuildExt(build_ext):
+    def run(self):
+        self.in_source = self.inplace or self.editable_mode  # setuptools clears inplace while it builds
+        super().run()
+
     def build_extension(self, ext):
         torch = torch_root()
         if torch is None:
@@ -137,7 +141,7 @@ class BuildExt(build_ext):
             "isas": list(ISAS),
             "machine": platform.machine(),
         }
-        folders = {out.parent, ROOT / "aeup"} if self.inplace or self.editable_mode else {out.parent}
+        folders = {out.parent, ROOT / "aeup"} if self.in_source else {out.parent}
         for folder in folders:
             (folder / "_C.json").write_text(json.dumps(info) + "\n")
 

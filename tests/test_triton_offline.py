@@ -1,0 +1,120 @@
+"""Every Triton kernel compiled to a cubin with no GPU, as the launcher calls it: its plans, its arguments, Triton's own
+specialisation. The kernels of each architecture are compiled in a process of their own, without TRITON_INTERPRET, by
+running this file as a script."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+MODES = ("nearest", "bilinear", "bicubic")
+# The main case, x2, whose kernels must stay in registers and make 16-byte accesses: (mode, type, nhwc, backward).
+MAIN = [(m, t, nhwc, back) for m in MODES for t in ("fp32", "bf16") for nhwc in (False, True) for back in (False, True)]
+ONE = [("bilinear", "bf16", False, False), ("bilinear", "fp32", True, True), ("bicubic", "bf16", False, True)]
+SHAPE = (16, 64, 128, 128, 256, 256)
+# (n, c, ih, iw, oh, ow), mode, align_corners, antialias, backward, type, nhwc
+OTHERS = [
+    ((16, 128, 56, 72, 129, 200), "bicubic", False, False, False, "bf16", False),
+    ((16, 128, 56, 72, 129, 200), "bicubic", True, False, True, "fp32", True),
+    ((8, 21, 64, 64, 512, 512), "bilinear", False, False, False, "bf16", True),
+    ((8, 21, 64, 64, 256, 256), "bilinear", False, False, True, "fp16", False),
+    ((1, 2, 5, 7, 9, 300), "bilinear", False, False, True, "fp32", False),
+    ((4, 3, 33, 65, 50, 99), "bicubic", True, False, False, "fp64", False),
+    ((4, 3, 33, 65, 50, 99), "bilinear", False, False, True, "fp64", True),
+    ((4, 3, 33, 65, 50, 99), "nearest-exact", False, False, True, "bf16", False),
+    ((4, 3, 32, 64, 64, 128), "nearest", False, False, False, "u8", False),
+    ((4, 3, 32, 64, 50, 128), "nearest", False, False, False, "u8", True),
+    ((64, 64, 1024, 1024, 2048, 2048), "bilinear", False, False, False, "fp32", False),
+    ((64, 64, 1024, 1024, 1500, 1500), "nearest", False, False, True, "fp16", True),
+    ((16, 64, 128, 128, 100, 50), "bicubic", False, True, False, "bf16", False),
+    ((16, 64, 128, 128, 100, 50), "bilinear", False, True, True, "fp64", True),
+]
+
+
+def compile_all(arch, main, others):
+    """Prints lines of JSON: the names of the launcher's kernels, then what each compilation gave."""
+    import importlib
+    import tempfile
+
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.driver import driver
+    from triton.runtime.jit import MockTensor
+
+    class Offline:
+        """What JITFunction asks of a driver before it compiles."""
+
+        def get_current_target(self):
+            return GPUTarget("cuda", arch, 32)
+
+        def get_current_device(self):
+            return 0
+
+        def get_current_stream(self, device=None):
+            return 0
+
+    driver.set_active(Offline())
+    host = importlib.import_module("aeup.kernels.interpolate")
+    print(json.dumps(sorted(host.kernels())), flush=True)
+    torch_type = {name: dtype for dtype, name in host.DTYPES.items()} | host.SCRATCH
+    calls = [(SHAPE, mode, False, False, back, kind, nhwc) for mode, kind, nhwc, back in main] + others
+    for sizes, mode, align, antialias, back, kind, nhwc in calls:
+        plan, ready = host._prepared((*sizes, mode, align, antialias, None, None, back, kind, nhwc, "default"))
+        for launch, (kernel, buffers, grid, scalars, options) in zip(plan.launches, ready, strict=True):
+            types = {"src": kind, "dst": kind} | {name: t for name, (_, t) in plan.scratch.items()}
+            tensors = [MockTensor(torch_type[types[name]]) for name in buffers]
+            made = kernel.warmup(*tensors, *scalars, **options, grid=grid)
+            with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+                file.write(made.asm["cubin"])
+                file.flush()
+                tool = triton.knobs.nvidia.cuobjdump.path
+                usage = subprocess.run(
+                    [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+                ).stdout
+            print(
+                json.dumps(
+                    {
+                        "kernel": launch.kernel,
+                        "call": [sizes, mode, kind, "nhwc" if nhwc else "nchw", "backward" if back else "forward"],
+                        "main": sizes == SHAPE,
+                        "arch": made.metadata.target.arch,
+                        "elf": made.asm["cubin"][:4] == b"\x7fELF",
+                        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
+                        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+                        "shared": made.metadata.shared,
+                        "wide": bool(
+                            re.search(("ld" if back else "st") + r"\.global[\w.:]*\.v4\.b32", made.asm["ptx"])
+                        ),
+                    }
+                ),
+                flush=True,
+            )
+
+
+def compiled(arch, tmp_path):
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    run = subprocess.run([sys.executable, __file__, str(arch)], env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("arch", (80, 90, 100))
+def test_cubins(arch, tmp_path):
+    known, *rows = compiled(arch, tmp_path)
+    assert {row["kernel"] for row in rows} == set(known)
+    for row in rows:
+        assert row["arch"] == arch and row["elf"], row
+        assert row["stack"] == 0, f"spills: {row}"
+        if row["main"]:
+            assert row["kernel"].startswith("poly") and row["shared"] == 0 and row["wide"], row
+    assert sum(row["main"] for row in rows) == len(MAIN if arch == 90 else ONE)
+
+
+if __name__ == "__main__":
+    ARCH = int(sys.argv[1])
+    compile_all(ARCH, MAIN if ARCH == 90 else ONE, OTHERS)
