@@ -1,0 +1,296 @@
+// Runs the CUDA kernels of csrc/cuda on the host, for tests without a GPU. The .cu files are compiled as C++ with
+// -DAEUP_EMULATE. Every CUDA thread is a fiber (ucontext) of one OS thread, so barriers have their real meaning:
+// a thread runs until it reaches a barrier or ends. Blocks run one after the other; every second block runs its
+// threads in reverse order. Dynamic shared memory starts as 0xff bytes (NaN). cp.async copies only at the wait.
+// Every global access made through common.cuh is checked: inside a registered buffer, aligned, stores only once.
+#pragma once
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __constant__ static const
+#define __shared__ static
+#define __forceinline__ inline
+#define __noinline__ __attribute__((noinline))
+#define __launch_bounds__(...)
+
+struct uint3 {
+  unsigned x, y, z;
+};
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned a = 1, unsigned b = 1, unsigned c = 1) : x(a), y(b), z(c) {}
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+inline uint2 make_uint2(unsigned a, unsigned b) { return {a, b}; }
+inline uint4 make_uint4(unsigned a, unsigned b, unsigned c, unsigned d) { return {a, b, c, d}; }
+inline float2 make_float2(float a, float b) { return {a, b}; }
+inline float4 make_float4(float a, float b, float c, float d) { return {a, b, c, d}; }
+inline float __uint_as_float(unsigned u) {
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
+inline unsigned __float_as_uint(float f) {
+  unsigned u;
+  std::memcpy(&u, &f, 4);
+  return u;
+}
+inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
+inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+
+namespace aeup::emu {
+
+inline constexpr int kWarp = 32, kStack = 64 << 10;
+inline constexpr size_t kMaxShared = 227 << 10;
+
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes;
+};
+struct Fiber {
+  ucontext_t context;
+  std::vector<char> stack;
+  enum { ready, at_block, at_warp, done } state;
+  std::vector<std::vector<Copy>> groups;  // committed cp.async groups, oldest first
+  std::vector<Copy> open;
+  uint64_t exchange;
+};
+struct Buffer {
+  const char *begin, *end;
+  bool writable;
+  std::vector<uint8_t>* stores;  // store count per byte, or null
+};
+struct Machine {
+  std::vector<Fiber> fibers;
+  std::vector<char> shared;
+  std::vector<Buffer> buffers;
+  std::function<void()> body;
+  ucontext_t scheduler;
+  Fiber* current = nullptr;
+  std::string error;
+  int64_t launches = 0;
+  int64_t last_blocks = -1;  // run only so many blocks at the end of each grid, for tensors too large to compute
+};
+inline Machine machine;
+inline uint3 thread_index, block_index;
+inline dim3 block_size, grid_size;
+
+[[noreturn]] inline void fail(const char* what, const void* p, int bytes) {
+  char text[256];
+  std::snprintf(text, sizeof text, "%s at %p, %d bytes, block %u thread %u", what, p, bytes, block_index.x,
+                thread_index.x);
+  throw std::runtime_error(text);
+}
+inline void check(const void* p, int bytes, bool store) {
+  if (reinterpret_cast<uintptr_t>(p) % bytes) fail("misaligned access", p, bytes);
+  const char* a = static_cast<const char*>(p);
+  for (Buffer& b : machine.buffers) {
+    if (a < b.begin || a + bytes > b.end) continue;
+    if (!store) return;
+    if (!b.writable) fail("store to a read-only buffer", p, bytes);
+    if (b.stores)
+      for (int i = 0; i < bytes; ++i)
+        if ((*b.stores)[a - b.begin + i]++) fail("second store to an element", p, bytes);
+    return;
+  }
+  fail(store ? "store outside the buffers" : "load outside the buffers", p, bytes);
+}
+
+inline void yield_as(decltype(Fiber::state) state) {
+  Fiber* f = machine.current;
+  f->state = state;
+  swapcontext(&f->context, &machine.scheduler);
+}
+inline void enter() {
+  try {
+    machine.body();
+  } catch (const std::exception& e) {
+    if (machine.error.empty()) machine.error = e.what();
+  }
+  Fiber* f = machine.current;
+  if (!f->open.empty() && machine.error.empty()) machine.error = "cp.async never committed";
+  f->state = Fiber::done;
+  swapcontext(&f->context, &machine.scheduler);
+}
+inline bool release(int first, int count, decltype(Fiber::state) state) {
+  bool any = false;
+  for (int t = first; t < first + count; ++t) {
+    const auto s = machine.fibers[t].state;
+    if (s != state && s != Fiber::done) return false;
+    any |= s == state;
+  }
+  for (int t = first; t < first + count; ++t)
+    if (machine.fibers[t].state == state) machine.fibers[t].state = Fiber::ready;
+  return any;
+}
+inline void run_block(int threads) {
+  Machine& m = machine;
+  for (int t = 0; t < threads; ++t) {
+    Fiber& f = m.fibers[t];
+    f.state = Fiber::ready;
+    f.groups.clear();
+    f.open.clear();
+    getcontext(&f.context);
+    f.context.uc_stack.ss_sp = f.stack.data();
+    f.context.uc_stack.ss_size = f.stack.size();
+    f.context.uc_link = nullptr;
+    makecontext(&f.context, enter, 0);
+  }
+  for (bool reverse = block_index.x & 1;;) {
+    int alive = 0, ran = 0;
+    for (int i = 0; i < threads; ++i) {
+      const int t = reverse ? threads - 1 - i : i;
+      Fiber& f = m.fibers[t];
+      if (f.state == Fiber::done) continue;
+      ++alive;
+      if (f.state != Fiber::ready) continue;
+      ++ran;
+      thread_index = {unsigned(t) % block_size.x, unsigned(t) / block_size.x % block_size.y,
+                      unsigned(t) / block_size.x / block_size.y};
+      m.current = &f;
+      swapcontext(&m.scheduler, &f.context);
+      if (!m.error.empty()) return;
+    }
+    if (!alive) return;
+    if (release(0, threads, Fiber::at_block)) ++ran;
+    for (int w = 0; w < threads; w += kWarp)
+      if (release(w, std::min(kWarp, threads - w), Fiber::at_warp)) ++ran;
+    if (!ran) {
+      m.error = "deadlock: threads wait at different barriers";
+      return;
+    }
+  }
+}
+// nullptr, or the text of the first error.
+inline const char* run(dim3 grid, dim3 block, size_t shared, std::function<void()> body) {
+  Machine& m = machine;
+  const int threads = block.x * block.y * block.z;
+  m.error.clear();
+  if (!grid.x || !grid.y || !grid.z || !threads || threads > 1024 || grid.x > 0x7fffffffu || grid.y > 65535 ||
+      grid.z > 65535 || shared > kMaxShared) {
+    m.error = "invalid launch configuration";
+    return m.error.c_str();
+  }
+  if (int(m.fibers.size()) < threads) m.fibers.resize(threads);
+  for (int t = 0; t < threads; ++t) m.fibers[t].stack.resize(kStack);
+  m.shared.resize(kMaxShared + 16);
+  m.body = std::move(body);
+  grid_size = grid;
+  block_size = block;
+  ++m.launches;
+  for (unsigned z = 0; z < grid.z; ++z)
+    for (unsigned y = 0; y < grid.y; ++y)
+      for (unsigned x = m.last_blocks < 0 || m.last_blocks > grid.x ? 0 : grid.x - unsigned(m.last_blocks); x < grid.x;
+           ++x) {
+        block_index = {x, y, z};
+        std::memset(m.shared.data(), 0xff, shared + 16);
+        run_block(threads);
+        if (!m.error.empty()) return m.error.c_str();
+      }
+  return nullptr;
+}
+inline void* dynamic_shared() {
+  return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(machine.shared.data()) + 15) / 16 * 16);
+}
+
+// --- cp.async ---
+inline void copy_async(void* to, const void* from, int bytes) {
+  check(from, bytes, false);
+  if (reinterpret_cast<uintptr_t>(to) % bytes) fail("misaligned cp.async", to, bytes);
+  std::memset(to, 0xff, bytes);
+  machine.current->open.push_back({to, from, bytes});
+}
+inline void copy_commit() {
+  machine.current->groups.push_back(std::move(machine.current->open));
+  machine.current->open.clear();
+}
+inline void copy_wait(int keep) {
+  auto& groups = machine.current->groups;
+  while (int(groups.size()) > keep) {
+    for (const Copy& c : groups.front()) std::memcpy(c.to, c.from, c.bytes);
+    groups.erase(groups.begin());
+  }
+}
+
+// --- 16-bit floats, round to nearest even ---
+inline uint16_t bf16_of(float f) {
+  const uint32_t u = __float_as_uint(f);
+  if ((u & 0x7fffffffu) > 0x7f800000u) return 0x7fff;
+  return uint16_t((u + 0x7fffu + (u >> 16 & 1)) >> 16);
+}
+inline float of_half(uint16_t h) {
+  const int e = h >> 10 & 31, m = h & 1023;
+  const float v = e == 31 ? (m ? NAN : INFINITY) : std::ldexp(float(e ? m + 1024 : m), (e ? e : 1) - 25);
+  return h & 0x8000 ? -v : v;
+}
+inline uint16_t half_of(float f) {
+  const uint16_t sign = uint16_t(__float_as_uint(f) >> 16 & 0x8000);
+  const float a = std::fabs(f);
+  if (a != a) return 0x7fff;
+  if (a >= 65520.f) return sign | 0x7c00;
+  int e;
+  std::frexp(a, &e);  // a = m 2^e, m in [0.5, 1)
+  const int low = (a == 0 || e < -13) ? -24 : e - 11;
+  const int n = int(std::nearbyint(std::ldexp(a, -low)));  // 0 .. 2048
+  return uint16_t(sign | (low == -24 ? n : ((low + 24) << 10) + n));
+}
+}  // namespace aeup::emu
+
+#define threadIdx aeup::emu::thread_index
+#define blockIdx aeup::emu::block_index
+#define blockDim aeup::emu::block_size
+#define gridDim aeup::emu::grid_size
+inline void __syncthreads() { aeup::emu::yield_as(aeup::emu::Fiber::at_block); }
+inline void __syncwarp(unsigned = ~0u) { aeup::emu::yield_as(aeup::emu::Fiber::at_warp); }
+template <class T>
+T __shfl_sync(unsigned, T v, int lane) {
+  using namespace aeup::emu;
+  const int me = thread_index.x + block_size.x * (thread_index.y + block_size.y * thread_index.z);
+  std::memcpy(&machine.current->exchange, &v, sizeof(T));
+  __syncwarp();
+  T r;
+  std::memcpy(&r, &machine.fibers[me / kWarp * kWarp + (lane & 31)].exchange, sizeof(T));
+  __syncwarp();
+  return r;
+}
+template <class T>
+T __shfl_down_sync(unsigned m, T v, int d) {
+  const int lane = threadIdx.x & 31;
+  return __shfl_sync(m, v, lane + d < 32 ? lane + d : lane);
+}
+template <class T>
+T __shfl_up_sync(unsigned m, T v, int d) {
+  const int lane = threadIdx.x & 31;
+  return __shfl_sync(m, v, lane - d >= 0 ? lane - d : lane);
+}
+template <class T>
+T __shfl_xor_sync(unsigned m, T v, int d) {
+  return __shfl_sync(m, v, int(threadIdx.x & 31) ^ d);
+}

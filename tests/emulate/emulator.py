@@ -1,0 +1,121 @@
+"""Builds the CUDA kernels for the host and runs them on CPU tensors (see cuda_on_host.h)."""
+
+import concurrent.futures
+import ctypes
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parents[1] / "csrc"
+MODES = {"nearest": 0, "nearest-exact": 1, "bilinear": 2, "bicubic": 3}
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3, torch.uint8: 4}
+
+
+def build(directory, flags=("-O0",)) -> Path:
+    """Compile csrc/cuda/*.cu as C++ into one shared library in ``directory`` and return its path."""
+    include = ["-I", str(CSRC), "-I", str(CSRC / "cuda"), "-I", str(HERE)]
+    base = [
+        os.environ.get("CXX", "g++"),
+        "-std=c++17",
+        "-fPIC",
+        "-DAEUP_EMULATE",
+        "-Wno-unknown-pragmas",
+        *flags,
+        *include,
+    ]
+    sources = [*sorted((CSRC / "cuda").glob("*.cu")), HERE / "entry.cpp"]
+    sources.sort(key=lambda s: -s.stat().st_size)
+    objects = [Path(directory) / (s.name + ".o") for s in sources]
+
+    def compile_one(pair):
+        command = [*base, "-x", "c++", "-c", str(pair[0]), "-o", str(pair[1])]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}\n{done.stderr[:5000]}")
+
+    with concurrent.futures.ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as pool:
+        list(pool.map(compile_one, zip(sources, objects, strict=True)))
+    library = Path(directory) / "libaeup_emulated.so"
+    subprocess.run([base[0], "-shared", *flags, "-o", str(library), *map(str, objects)], check=True)
+    return library
+
+
+class Emulated:
+    """The emulated library. ``run`` executes one problem, ``kernel`` names the kernel that serves it."""
+
+    def __init__(self, library: Path):
+        self.lib = ctypes.CDLL(str(library))
+        for name in ("aeup_emulate", "aeup_emulate_end", "aeup_kernel", "aeup_refusal"):
+            getattr(self.lib, name).restype = ctypes.c_char_p
+        self.lib.aeup_launches.restype = ctypes.c_int64
+
+    @staticmethod
+    def arguments(src, dst, mode, align_corners, antialias, scale, backward):
+        x, y = (dst, src) if backward else (src, dst)
+        # A size-1 axis makes both layouts contiguous: then the strides tell (torch's rule).
+        nhwc = is_channels_last(src)
+        order = (0, 2, 3, 1) if nhwc else (0, 1, 2, 3)
+        assert src.permute(order).is_contiguous() and dst.permute(order).is_contiguous()
+        size = (ctypes.c_int64 * 6)(*x.shape, *y.shape[2:])
+        how = (ctypes.c_int * 6)(MODES[mode], DTYPES[src.dtype], align_corners, antialias, nhwc, backward)
+        pointers = ctypes.c_void_p(src.data_ptr()), ctypes.c_void_p(dst.data_ptr())
+        return *pointers, size, (ctypes.c_double * 2)(*(scale or (0.0, 0.0))), how
+
+    def run(self, src, dst, mode, align_corners=False, antialias=False, scale=None, backward=False):
+        """Fill ``dst``. Forward: src [n, c, ih, iw] to dst [n, c, oh, ow]; backward: gradients, the other way."""
+        error = self.lib.aeup_emulate(*self.arguments(src, dst, mode, align_corners, antialias, scale, backward))
+        if error is not None:
+            raise RuntimeError(error.decode())
+        return dst
+
+    def run_end(self, src, dst, mode, blocks, backward=False):
+        """Only the last ``blocks`` thread blocks: the tensors may be too large to compute, or to be in memory."""
+        arguments = self.arguments(src, dst, mode, False, False, None, backward)
+        error = self.lib.aeup_emulate_end(*arguments, ctypes.c_int64(blocks))
+        if error is not None:
+            raise RuntimeError(error.decode())
+
+    def kernel(self, src, dst, mode, align_corners=False, antialias=False, scale=None, backward=False):
+        name = self.lib.aeup_kernel(*self.arguments(src, dst, mode, align_corners, antialias, scale, backward))
+        return name.decode() if name is not None else None
+
+    def refusal(self, src, dst, mode, align_corners=False, antialias=False, scale=None, backward=False):
+        why = self.lib.aeup_refusal(*self.arguments(src, dst, mode, align_corners, antialias, scale, backward))
+        return why.decode() if why is not None else None
+
+    def launches(self):
+        return self.lib.aeup_launches()
+
+
+def is_channels_last(t):
+    return t.is_contiguous(memory_format=torch.channels_last) and t.stride(1) == 1 and t.shape[1] > 1
+
+
+def tensor(shape, dtype, nhwc=False, offset=0, fill=None):
+    """A dense tensor ``offset`` elements past an aligned address: random, or full of ``fill``."""
+    n, c, h, w = shape
+    count = n * c * h * w
+    storage = torch.empty(count + offset + 64, dtype=dtype)
+    flat = storage[offset : offset + count]
+    if fill is not None:
+        flat.fill_(fill)
+    elif dtype == torch.uint8:
+        flat.copy_(torch.randint(0, 256, (count,)))
+    else:
+        flat.copy_(torch.randn(count, dtype=torch.float64).to(dtype))
+    return flat.view(n, h, w, c).permute(0, 3, 1, 2) if nhwc else flat.view(n, c, h, w)
+
+
+_library = []
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory):
+    """One build per session, however many test files import this fixture."""
+    if not _library:
+        _library.append(Emulated(build(tmp_path_factory.mktemp("emulated"))))
+    return _library[0]
