@@ -77,7 +77,9 @@ aeup::Problem describe(const Tensor& src, int64_t ih, int64_t iw, int64_t oh, in
   const int64_t h = backward ? oh : ih, w = backward ? ow : iw;
   if (src.size(2) != h || src.size(3) != w) fail("spatial size of the tensor and of the map differ");
   if (ih < 1 || iw < 1 || oh < 1 || ow < 1) fail("spatial sizes must be at least 1");
-  if (ih > INT32_MAX || iw > INT32_MAX || oh > INT32_MAX || ow > INT32_MAX) fail("spatial sizes must be below 2^31");
+  for (const int64_t size : {ih, iw, oh, ow}) {
+    if (size >= aeup::kMaxAxis) fail("spatial sizes must be below 2^30, got " + std::to_string(size));
+  }
   if (mode < 0 || mode > 3) fail("mode must be 0 to 3, got " + std::to_string(mode));
   aeup::Problem p{};
   p.n = src.size(0);
@@ -162,7 +164,9 @@ std::string kernel_name(const Tensor& src, int64_t ih, int64_t iw, int64_t oh, i
   const auto p = describe(src, ih, iw, oh, ow, mode, align_corners, antialias, scale_h, scale_w, backward);
   if (cuda) {
 #ifdef AEUP_WITH_CUDA
-    return aeup::interpolate_cuda_kernel(p);
+    const char *name = aeup::interpolate_cuda_kernel(p), *why_not_fast = aeup::interpolate_cuda_refusal(p);
+    if (!name) fail(why_not_fast ? why_not_fast : "no CUDA kernel serves this call");
+    return why_not_fast ? std::string(name) + ": " + why_not_fast : name;
 #else
     fail("built without CUDA");
 #endif
@@ -179,18 +183,14 @@ STABLE_TORCH_LIBRARY(aeup_native, m) {
       "float scale_h, float scale_w, bool backward, bool cuda) -> str");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(aeup_native, CPU, m) {
-  m.impl("interpolate", TORCH_BOX(&interpolate_cpu));
-}
+STABLE_TORCH_LIBRARY_IMPL(aeup_native, CPU, m) { m.impl("interpolate", TORCH_BOX(&interpolate_cpu)); }
 
 STABLE_TORCH_LIBRARY_IMPL(aeup_native, CompositeExplicitAutograd, m) {
   m.impl("interpolate_kernel", TORCH_BOX(&kernel_name));
 }
 
 #ifdef AEUP_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(aeup_native, CUDA, m) {
-  m.impl("interpolate", TORCH_BOX(&interpolate_cuda));
-}
+STABLE_TORCH_LIBRARY_IMPL(aeup_native, CUDA, m) { m.impl("interpolate", TORCH_BOX(&interpolate_cuda)); }
 #endif
 
 }  // namespace

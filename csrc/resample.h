@@ -36,19 +36,24 @@ struct Problem {
 
 // How an axis finds its source. The nearest rules differ only in rounding; torch has all of them.
 enum class Rule : int {
-  floor_scaled,       // nearest: floor(o * scale)
-  floor_centre,       // nearest-exact, vectorised CPU and CUDA kernels: floor((o + 0.5) * scale)
-  round_centre,       // nearest-exact, generic CPU kernel: floor(max(scale * (o + 0.5) - 0.5, 0) + 0.5)
-  linear,             // 2 taps
-  cubic,              // 4 taps, a = -0.75
-  antialias_linear,   // tent stretched by max(scale, 1)
-  antialias_cubic     // 4-tap cubic stretched by max(scale, 1), a = -0.5
+  floor_scaled,      // nearest: floor(o * scale)
+  floor_centre,      // nearest-exact, vectorised CPU and CUDA kernels: floor((o + 0.5) * scale)
+  round_centre,      // nearest-exact, generic CPU kernel: floor(max(scale * (o + 0.5) - 0.5, 0) + 0.5)
+  linear,            // 2 taps
+  cubic,             // 4 taps, a = -0.75
+  antialias_linear,  // tent stretched by max(scale, 1)
+  antialias_cubic    // 4-tap cubic stretched by max(scale, 1), a = -0.5
 };
+
+// Positions along an axis: below 2^30, so that neither a tap beyond an edge nor a doubled position overflows. Offsets
+// in a tensor are int64_t.
+using Index = int32_t;
+inline constexpr int64_t kMaxAxis = int64_t(1) << 30;
 
 // S is float, or double for float64 tensors.
 template <class S>
 struct Axis {
-  int64_t in, out;
+  Index in, out;
   S scale;  // input pixels per output pixel
   Rule rule;
   bool align_corners;
@@ -60,7 +65,7 @@ AEUP_HD S floor_of(S x) {
   return std::floor(x);
 }
 
-AEUP_HD int64_t clamp_index(int64_t i, int64_t size) { return i < 0 ? 0 : (i >= size ? size - 1 : i); }
+AEUP_HD Index clamp_index(Index i, Index size) { return i < 0 ? 0 : (i >= size ? size - 1 : i); }
 
 AEUP_HD bool is_antialias(Rule r) { return r == Rule::antialias_linear || r == Rule::antialias_cubic; }
 
@@ -77,22 +82,23 @@ AEUP_HD S cubic_far(S x, S a) {  // 1 < |x| < 2
 }
 
 template <class F>
-AEUP_HD int64_t nearest_floor(Rule rule, F scale, int64_t o) {
-  if (rule == Rule::floor_scaled) return int64_t(floor_of(F(o) * scale));
-  if (rule == Rule::floor_centre) return int64_t(floor_of((F(o) + F(0.5)) * scale));
+AEUP_HD Index nearest_floor(Rule rule, F scale, Index o) {
+  if (rule == Rule::floor_scaled) return Index(floor_of(F(o) * scale));
+  if (rule == Rule::floor_centre) return Index(floor_of((F(o) + F(0.5)) * scale));
   const F at = scale * (F(o) + F(0.5)) - F(0.5);
-  return int64_t(floor_of((at < F(0) ? F(0) : at) + F(0.5)));
+  return Index(floor_of((at < F(0) ? F(0) : at) + F(0.5)));
 }
 // Source of output o for a nearest rule, in [0, in - 1].
 template <class S>
-AEUP_HD int64_t nearest_source(const Axis<S>& axis, int64_t o) {
-  const int64_t i = axis.single ? nearest_floor(axis.rule, float(axis.scale), o) : nearest_floor(axis.rule, axis.scale, o);
+AEUP_HD Index nearest_source(const Axis<S>& axis, Index o) {
+  const Index i =
+      axis.single ? nearest_floor(axis.rule, float(axis.scale), o) : nearest_floor(axis.rule, axis.scale, o);
   return i < axis.in - 1 ? i : axis.in - 1;
 }
 
 // First tap (possibly -1) and weights of output o. K is 1 (nearest rules), 2 (linear) or 4 (cubic).
 template <int K, class S>
-AEUP_HD int64_t taps(const Axis<S>& axis, int64_t o, S* w) {
+AEUP_HD Index taps(const Axis<S>& axis, Index o, S* w) {
   if constexpr (K == 1) {
     w[0] = S(1);
     return nearest_source(axis, o);
@@ -105,7 +111,7 @@ AEUP_HD int64_t taps(const Axis<S>& axis, int64_t o, S* w) {
       if (K == 2 && at < S(0)) at = S(0);
     }
     S low = floor_of(at);
-    int64_t i = int64_t(low);
+    Index i = Index(low);
     if (i > axis.in - 1) i = axis.in - 1;
     S t = at - S(i);
     t = t < S(0) ? S(0) : (t > S(1) ? S(1) : t);
@@ -131,23 +137,23 @@ AEUP_HD S antialias_support(const Axis<S>& axis) {
   return axis.scale >= S(1) ? half * axis.scale : half;
 }
 template <class S>
-AEUP_HD int64_t antialias_max_taps(const Axis<S>& axis) {
-  return int64_t(std::ceil(antialias_support(axis))) * 2 + 1;
+AEUP_HD Index antialias_max_taps(const Axis<S>& axis) {
+  const S half = std::ceil(antialias_support(axis));
+  return (half < S(axis.in) ? Index(half) : axis.in) * 2 + 1;
 }
 // First input of output o and the number of inputs, both inside [0, in].
 template <class S>
-AEUP_HD int64_t antialias_range(const Axis<S>& axis, int64_t o, int64_t* count) {
+AEUP_HD Index antialias_range(const Axis<S>& axis, Index o, Index* count) {
   const S support = antialias_support(axis), centre = axis.scale * (S(o) + S(0.5));
-  int64_t first = int64_t(centre - support + S(0.5)), last = int64_t(centre + support + S(0.5));
-  if (first < 0) first = 0;
-  if (last > axis.in) last = axis.in;
-  int64_t n = last - first, most = antialias_max_taps(axis);
+  const S low = centre - support + S(0.5), high = centre + support + S(0.5);
+  const Index first = low > S(0) ? Index(low) : 0, last = high < S(axis.in) ? Index(high) : axis.in;
+  const Index n = last - first, most = antialias_max_taps(axis);
   *count = n < 0 ? 0 : (n > most ? most : n);
   return first;
 }
 // Weight of input i for output o before normalisation by the sum over antialias_range.
 template <class S>
-AEUP_HD S antialias_weight(const Axis<S>& axis, int64_t o, int64_t i) {
+AEUP_HD S antialias_weight(const Axis<S>& axis, Index o, Index i) {
   const S centre = axis.scale * (S(o) + S(0.5)), shrink = axis.scale >= S(1) ? S(1) / axis.scale : S(1);
   S x = (S(i) - centre + S(0.5)) * shrink;
   x = x < S(0) ? -x : x;
@@ -158,14 +164,14 @@ AEUP_HD S antialias_weight(const Axis<S>& axis, int64_t o, int64_t i) {
 
 // The inputs [*lo, *hi] that output o reads; empty if *hi < *lo. Both ends grow with o.
 template <class S>
-AEUP_HD void reads(const Axis<S>& axis, int64_t o, int64_t* lo, int64_t* hi) {
+AEUP_HD void reads(const Axis<S>& axis, Index o, Index* lo, Index* hi) {
   if (is_antialias(axis.rule)) {
-    int64_t count;
+    Index count;
     *lo = antialias_range(axis, o, &count);
     *hi = *lo + count - 1;
   } else if (axis.rule == Rule::linear || axis.rule == Rule::cubic) {
     S w[4];
-    const int64_t s = axis.rule == Rule::linear ? taps<2>(axis, o, w) : taps<4>(axis, o, w);
+    const Index s = axis.rule == Rule::linear ? taps<2>(axis, o, w) : taps<4>(axis, o, w);
     *lo = clamp_index(s, axis.in);
     *hi = clamp_index(s + (axis.rule == Rule::linear ? 1 : 3), axis.in);
   } else {
@@ -176,12 +182,12 @@ AEUP_HD void reads(const Axis<S>& axis, int64_t o, int64_t* lo, int64_t* hi) {
 // The transposed map. The outputs that read input i are the contiguous range [first, last) given here; it is found
 // from the forward map itself (an estimate, then corrected), so that it cannot disagree with it by a rounding.
 template <class S>
-AEUP_HD int64_t first_output_reading(const Axis<S>& axis, int64_t i) {  // smallest o whose last tap is >= i
-  int64_t lo, hi, o = 0;
+AEUP_HD Index first_output_reading(const Axis<S>& axis, Index i) {  // smallest o whose last tap is >= i
+  Index lo, hi, o = 0;
   if (axis.scale > S(0)) {
     const S reach = is_antialias(axis.rule) ? antialias_support(axis) + S(1) : S(2);
     const S guess = (S(i) - reach) / axis.scale - S(1);
-    o = guess > S(0) ? (guess < S(axis.out) ? int64_t(guess) : axis.out) : 0;
+    o = guess > S(0) ? (guess < S(axis.out) ? Index(guess) : axis.out) : 0;
   } else {
     reads(axis, 0, &lo, &hi);  // every output reads the same inputs
     return hi >= i ? 0 : axis.out;
@@ -199,12 +205,12 @@ AEUP_HD int64_t first_output_reading(const Axis<S>& axis, int64_t i) {  // small
   return o;
 }
 template <class S>
-AEUP_HD int64_t end_of_outputs_reading(const Axis<S>& axis, int64_t i) {  // one past the largest o whose first tap is <= i
-  int64_t lo, hi, o = axis.out;
+AEUP_HD Index end_of_outputs_reading(const Axis<S>& axis, Index i) {  // one past the largest o whose first tap is <= i
+  Index lo, hi, o = axis.out;
   if (axis.scale > S(0)) {
     const S reach = is_antialias(axis.rule) ? antialias_support(axis) + S(1) : S(2);
     const S guess = (S(i) + reach) / axis.scale + S(1);
-    o = guess > S(0) ? (guess < S(axis.out) ? int64_t(guess) : axis.out) : 0;
+    o = guess > S(0) ? (guess < S(axis.out) ? Index(guess) : axis.out) : 0;
   } else {
     reads(axis, 0, &lo, &hi);
     return lo <= i ? axis.out : 0;
@@ -223,9 +229,9 @@ AEUP_HD int64_t end_of_outputs_reading(const Axis<S>& axis, int64_t i) {  // one
 }
 // Weight with which output o reads input i (K as in taps): an edge collects the taps that were clamped onto it.
 template <int K, class S>
-AEUP_HD S weight_of(const Axis<S>& axis, int64_t o, int64_t i) {
+AEUP_HD S weight_of(const Axis<S>& axis, Index o, Index i) {
   S w[K], sum = S(0);
-  const int64_t s = taps<K>(axis, o, w);
+  const Index s = taps<K>(axis, o, w);
   for (int k = 0; k < K; ++k) sum += clamp_index(s + k, axis.in) == i ? w[k] : S(0);
   return sum;
 }
@@ -248,7 +254,7 @@ inline Axis<S> make_axis(const Problem& p, bool vertical, bool cuda) {
   const double given = vertical ? p.scale_h : p.scale_w;
   const bool same = cuda ? p.ih == p.oh && p.iw == p.ow : in == out;
   const bool vectorized = cuda || cpu_vectorized_rule(p);
-  Axis<S> axis{in, out, S(1), Rule::floor_scaled, false, vectorized};
+  Axis<S> axis{Index(in), Index(out), S(1), Rule::floor_scaled, false, vectorized};
   if (p.mode == Mode::nearest || p.mode == Mode::nearest_exact) {
     // The vectorised rules compute in float32 whatever the dtype is.
     axis.scale = vectorized ? S(pixel_scale<float>(in, out, false, given)) : pixel_scale<S>(in, out, false, given);
@@ -274,9 +280,9 @@ inline Axis<S> make_axis(const Problem& p, bool vertical, bool cuda) {
 
 // s where the axis is the plain enlargement by the integer s (its weights repeat with period s), else 0.
 template <class S>
-inline int64_t integer_scale(const Axis<S>& axis) {
+inline Index integer_scale(const Axis<S>& axis) {
   if (axis.align_corners || axis.out % axis.in != 0) return 0;
-  const int64_t s = axis.out / axis.in;
+  const Index s = axis.out / axis.in;
   return axis.scale * S(s) == S(1) && axis.scale == S(1) / S(s) ? s : 0;
 }
 

@@ -85,14 +85,12 @@ def _native_refusal(src: Tensor, m: Map, backward: bool, device: str, byte_modes
         return f"the tensor is on {src.device}"
     if _native.missing:
         return _native.missing
-    if max(m[:4]) >= 2**31:
-        return "a spatial size is 2^31 or more"
+    if max(m[:4]) >= 2**30:
+        return "a spatial size is 2^30 or more"
     return _dtype_refusal(src, backward, byte_modes, m.mode)
 
 
 def _cpu_refuses(src: Tensor, m: Map, backward: bool) -> str | None:
-    if src.dtype is torch.float32 and src.is_cpu and _native.missing is None:  # the short way
-        return None
     return _native_refusal(src, m, backward, "cpu", MODES)
 
 

@@ -315,7 +315,14 @@ void banded(const Problem& p, int64_t threads, ParallelFor parallel) {
   const std::shared_ptr<const Plan<A>> plan = plan_for<A>(p);
   const int64_t c = plan->channels, planes = p.channels_last ? p.n : p.n * p.c;
   const int64_t bytes = planes * plan->v.dst * plan->h.dst * c * int64_t(sizeof(T));
-  Walk<T, A> walk{*plan, static_cast<const T*>(p.src), static_cast<T*>(p.dst), planes, plan->v.dst, 1, plan->h.dst, 1,
+  Walk<T, A> walk{*plan,
+                  static_cast<const T*>(p.src),
+                  static_cast<T*>(p.dst),
+                  planes,
+                  plan->v.dst,
+                  1,
+                  plan->h.dst,
+                  1,
                   !plan->rows_first && bytes >= kStreamBytes};
   if (plan->kind == Horizontal::pixels && !in_blocks(*plan)) {
     const int64_t widest = plan->rows_first ? std::max<int64_t>(1, plan->h.src / std::max<int64_t>(1, plan->h.dst)) : 1;
@@ -329,8 +336,7 @@ void banded(const Problem& p, int64_t threads, ParallelFor parallel) {
     walk.strip_rows = std::max<int64_t>(8, (plan->v.dst + want - 1) / want);
     walk.strips = (plan->v.dst + walk.strip_rows - 1) / walk.strip_rows;
   }
-  parallel(
-      walk.tasks(), [](int64_t b, int64_t e, void* w) { static_cast<Walk<T, A>*>(w)->run(b, e); }, &walk);
+  parallel(walk.tasks(), [](int64_t b, int64_t e, void* w) { static_cast<Walk<T, A>*>(w)->run(b, e); }, &walk);
 }
 
 }  // namespace

@@ -108,8 +108,22 @@ std::vector<int32_t> sources(const Axis<S>& axis) {
 inline void copy_pixels(const Problem& p, int64_t threads, ParallelFor parallel, int64_t stream_bytes) {
   const int64_t size = p.dtype == DType::f64 ? 8 : (p.dtype == DType::f32 ? 4 : (p.dtype == DType::u8 ? 1 : 2));
   const int64_t pixel = p.channels_last ? p.c * size : size, planes = p.channels_last ? p.n : p.n * p.c;
-  Copy c{static_cast<const char*>(p.src), static_cast<char*>(p.dst), planes, p.ih, p.iw, p.oh, p.ow, pixel, {}, {}, 0,
-         p.ow, 1, p.oh, 1, planes * p.oh * p.ow * pixel >= stream_bytes};
+  Copy c{static_cast<const char*>(p.src),
+         static_cast<char*>(p.dst),
+         planes,
+         p.ih,
+         p.iw,
+         p.oh,
+         p.ow,
+         pixel,
+         {},
+         {},
+         0,
+         p.ow,
+         1,
+         p.oh,
+         1,
+         planes * p.oh * p.ow * pixel >= stream_bytes};
   if (p.dtype == DType::f64) {
     c.rows = sources(make_axis<double>(p, true, false));
     c.columns = sources(make_axis<double>(p, false, false));
@@ -127,8 +141,7 @@ inline void copy_pixels(const Problem& p, int64_t threads, ParallelFor parallel,
     c.strip = std::max<int64_t>(8, (p.oh * tasks + 4 * threads - 1) / (4 * threads));
     c.strips = (p.oh + c.strip - 1) / c.strip;
   }
-  parallel(
-      tasks * c.strips, [](int64_t b, int64_t e, void* x) { copy_tasks(*static_cast<Copy*>(x), b, e); }, &c);
+  parallel(tasks * c.strips, [](int64_t b, int64_t e, void* x) { copy_tasks(*static_cast<Copy*>(x), b, e); }, &c);
 }
 
 }  // namespace AEUP_ISA

@@ -1,8 +1,8 @@
 // Chooses the instruction set at run time.
-#include "cpu/plan.h"
-
 #include <cstdlib>
 #include <cstring>
+
+#include "cpu/plan.h"
 
 namespace aeup {
 namespace {
@@ -15,11 +15,13 @@ Isa detect() {
   const char* asked = std::getenv("AEUP_ISA");
   const int most = !asked ? 2 : (!std::strcmp(asked, "baseline") ? 0 : (!std::strcmp(asked, "avx2") ? 1 : 2));
   __builtin_cpu_init();
-  if (most > 1 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq")) {
+  if (most > 1 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
     return Isa::avx512;
   }
-  return most > 0 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") ? Isa::avx2 : Isa::baseline;
+  return most > 0 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")
+             ? Isa::avx2
+             : Isa::baseline;
 }
 const Isa kIsa = detect();
 #endif

@@ -39,8 +39,8 @@ struct Plan {
 // Runs body(begin, end, context) over [0, n) in torch's thread pool.
 using ParallelFor = void (*)(int64_t n, void (*body)(int64_t, int64_t, void*), void* context);
 
-#define AEUP_DECLARE_ISA(isa)                                             \
-  namespace isa {                                                         \
+#define AEUP_DECLARE_ISA(isa)                                                \
+  namespace isa {                                                            \
   void interpolate(const Problem& p, int64_t threads, ParallelFor parallel); \
   }
 AEUP_DECLARE_ISA(baseline)

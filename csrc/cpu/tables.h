@@ -38,7 +38,7 @@ Band<A> forward_band(const Axis<A>& axis) {
   for (int64_t o = 0; o < axis.out; ++o) {
     A* w = &band.weight[o * band.taps];
     if (aa) {
-      int64_t n, lo = antialias_range(axis, o, &n);
+      Index n, lo = antialias_range(axis, Index(o), &n);
       A total = A(0);
       for (int64_t t = 0; t < n; ++t) total += w[t] = antialias_weight(axis, o, lo + t);
       if (total != A(0)) {

@@ -227,7 +227,7 @@ struct alignas(K * sizeof(S) > 16 ? 16 : K * sizeof(S)) Weights {
 template <int K, class S>
 AEUP_DEV int row_taps(const Axis<S>& axis, int o, bool up, S* w) {
   S u[K];
-  const int s = int(taps<K>(axis, up ? axis.out - 1 - o : int64_t(o), u));
+  const int s = int(taps<K>(axis, up ? axis.out - 1 - o : o, u));
 #pragma unroll
   for (int k = 0; k < K; ++k) w[k] = up ? u[K - 1 - k] : u[k];
   return up ? int(axis.in) - K - s : s;

@@ -98,8 +98,8 @@ AEUP_DEV void table_row(const Axis<S>& axis, int64_t o, const Table<S>& t) {
   if (axis.rule == Rule::linear) return plain_row<2>(axis, o, t);
   if (axis.rule == Rule::cubic) return plain_row<4>(axis, o, t);
   if (!is_antialias(axis.rule)) return plain_row<1>(axis, o, t);
-  int64_t n;
-  const int64_t lo = antialias_range(axis, o, &n);
+  Index n;
+  const Index lo = antialias_range(axis, Index(o), &n);
   S total = S(0), *w = t.weights + o * t.taps;
   for (int64_t k = 0; k < n; ++k) total += antialias_weight(axis, o, lo + k);
   for (int64_t k = 0; k < n; ++k) {

@@ -8,9 +8,9 @@ namespace {
 
 // Why no CUDA kernel serves p; nullptr where one does.
 const char* refuses_all(const Problem& p) {
-  constexpr int64_t most = int64_t(1) << 31;
   if (p.n < 0 || p.c < 0 || p.ih < 0 || p.iw < 0 || p.oh < 0 || p.ow < 0) return "a size is negative";
-  if (p.ih >= most || p.iw >= most || p.oh >= most || p.ow >= most) return "an image side is 2^31 pixels or longer";
+  if (p.ih >= kMaxAxis || p.iw >= kMaxAxis || p.oh >= kMaxAxis || p.ow >= kMaxAxis)
+    return "an image side is 2^30 pixels or longer";
   const bool nearest = p.mode == Mode::nearest || p.mode == Mode::nearest_exact;
   if (p.antialias && nearest) return "antialias needs mode bilinear or bicubic";
   if (p.dtype == DType::u8 && (!nearest || p.backward))
