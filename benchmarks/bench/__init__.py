@@ -1,0 +1,1 @@
+"""Benchmarks: the workload table (`cases`), the correctness gate (`gate`), the harness, the peers and the report."""
