@@ -17,12 +17,12 @@ demo: .venv/.train
 test: .venv/.test
 	$(PY) -m pytest tests
 
-check: .venv/.dev
+check: .venv/.test
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	.venv/bin/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
-format: .venv/.dev
+format: .venv/.test
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 	.venv/bin/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
@@ -36,19 +36,11 @@ clean:
 	touch $@
 
 # The extension is built against the torch of .venv, so that no second torch is downloaded.
-.venv/.aeup: .venv/.torch $(SOURCES)
-	$(PY) -m pip install -q --no-build-isolation -e .
+.venv/.train: .venv/.torch $(SOURCES)
+	$(PY) -m pip install -q --no-build-isolation -e ".[train]" "numpy<2.4"
 	touch $@
 
-.venv/.train: .venv/.aeup
-	$(PY) -m pip install -q --no-build-isolation -e ".[train]"
-	touch $@
-
-.venv/.test: .venv/.aeup
-	$(PY) -m pip install -q --no-build-isolation -e ".[test]" "numpy<2.4"
-	$(PY) -c "import triton" 2>/dev/null || $(PY) -m pip install -q triton==3.6.0  # a CPU torch brings none
-	touch $@
-
-.venv/.dev: .venv/.test
+.venv/.test: .venv/.torch $(SOURCES)
 	$(PY) -m pip install -q --no-build-isolation -e ".[dev]" "numpy<2.4"
+	$(PY) -c "import triton" 2>/dev/null || $(PY) -m pip install -q triton==3.6.0  # a CPU torch brings none
 	touch $@

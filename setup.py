@@ -78,7 +78,7 @@ class BuildExt(build_ext):
             raise SystemExit("AEUP_CUDA=1, but no CUDA toolkit with nvcc and include/cuda_runtime.h was found")
 
         out = Path(self.get_ext_fullpath(ext.name))
-        temp = Path(self.build_temp)
+        temp = ROOT / "build" / "objects"  # kept: pip gives every editable build a fresh temporary folder
         temp.mkdir(parents=True, exist_ok=True)
         out.parent.mkdir(parents=True, exist_ok=True)
         include = [f"-I{CSRC}", f"-I{torch / 'include'}", f"-I{torch / 'include/torch/csrc/api/include'}"]

@@ -6,10 +6,10 @@ the op's layout: compiled peers have no other entry, and it is what training run
 The copy ceiling (`copy_` of the same number of bytes, half read, half written) and on a GPU the byte mover run in the
 same rotation.
 
-CPU: peers take turns in slices of equal time, forwards and backwards through the list, so that drift of the machine
-hits all alike; each call reads another input of a set of at least 64 MB. Where other programs took CPUs that the
-measured threads needed, the row is measured again, and called contended if that did not help: a thread that waits
-for its CPU turns a millisecond into a scheduler's tick, for every peer alike, and ratios then mean nothing.
+CPU: peers take turns in slices of equal time, in random order, so that drift of the machine and what one leaves in
+the caches hit all alike; each call reads another input of a set of at least 64 MB. Where other programs took CPUs
+that the measured threads needed, the row is measured again, and called contended if that did not help: a thread that
+waits for its CPU turns a millisecond into a scheduler's tick, for every peer alike, and ratios then mean nothing.
 GPU: before each call the L2 cache is flushed, and a spin kernel keeps the device busy while the host enqueues the
 call, so that CUDA events see device time alone; the host's time to enqueue is kept apart. The host synchronises
 between rounds only.
@@ -20,6 +20,7 @@ from __future__ import annotations
 import gc
 import math
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -176,10 +177,10 @@ def _time_cpu(calls: dict[str, Call], s: Settings) -> dict[str, Timing]:
     rounds = _rounds(list(estimates.values()), s)
     samples: dict[str, list[float]] = {name: [] for name in calls}
     turn = dict.fromkeys(calls, 0)
+    shuffle = random.Random(s.seed)
     with _no_collector():
-        for lap in range(rounds):
-            order = list(calls.items())
-            for name, call in order if lap % 2 == 0 else reversed(order):
+        for _ in range(rounds):
+            for name, call in shuffle.sample(list(calls.items()), len(calls)):
                 fn, inputs, at = call.fn, call.inputs, turn[name]
                 group = max(1, math.ceil(SAMPLE_SECONDS / estimates[name]))
                 repeats = max(1, round(s.min_time / rounds / (estimates[name] * group)))
@@ -255,13 +256,13 @@ def _time_gpu(calls: dict[str, Call], s: Settings) -> dict[str, Timing]:
                 cuda.synchronize()
             estimates[name] = max(start.elapsed_time(end) * 1e-3, 1e-6)
             spins[name] = int(2e9 * min(2e-3, 2 * host + 50e-6))  # cycles, at 2 GHz or less
+    shuffle = random.Random(s.seed)
     samples: dict[str, list[float]] = {name: [] for name in calls}
     hosts: dict[str, list[float]] = {name: [] for name in calls}
     rounds = max(s.min_rounds, min(100, int(s.min_time / max(estimates.values()))))
     with _no_collector():
         for turn in range(rounds):
-            order = list(calls.items())
-            for name, call in order if turn % 2 == 0 else reversed(order):
+            for name, call in shuffle.sample(list(calls.items()), len(calls)):
                 repeats = max(1, min(8, round(s.min_time / rounds / estimates[name])))
                 with call.context():
                     pending = [once(call, turn * repeats + i, spins[name]) for i in range(repeats)]
