@@ -100,10 +100,11 @@ aeup::Problem describe(const Tensor& src, int64_t ih, int64_t iw, int64_t oh, in
   return p;
 }
 
-// Large outputs come from fresh pages, and touching those 4 KB at a time costs more than the resampling itself.
+// Outputs above malloc's largest mmap threshold (glibc) come from fresh pages every time, and touching those 4 KB at a
+// time costs more than the resampling itself.
 void prefer_huge_pages(void* data, int64_t bytes) {
 #ifdef __linux__
-  constexpr int64_t kPage = 4096, kLarge = 8 << 20;
+  constexpr int64_t kPage = 4096, kLarge = 32 << 20;
   if (bytes < kLarge) return;
   const auto first = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
   const auto last = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;

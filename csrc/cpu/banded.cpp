@@ -130,6 +130,21 @@ template <class D, class A>
 void horizontal_phases(const Plan<A>& plan, const A* row, A* phase, D* out) {
   constexpr int64_t L = kLanes<A>;
   const int64_t c = plan.channels, n = plan.h.dst * c, s = plan.step;
+  if (s == 2 && c == 1) {  // every other element, in registers
+    static constexpr int32_t even[] = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+    for (int64_t e = 0; e < n; e += L) {
+      Vec<A> a{};
+      for (int64_t r = 0; r < plan.reach; ++r) {
+        a += load(&plan.weight[r * plan.padded + e]) * lookup<true>(row + 2 * e + plan.shift + r, even);
+      }
+      if (e + L <= n) {
+        store(out + e, a);
+      } else {
+        store_first(out + e, a, int(n - e));
+      }
+    }
+    return;
+  }
   switch (s) {
     case 2: split<2>(row, s, c, plan.columns, phase, plan.phase_stride); break;
     case 4: split<4>(row, s, c, plan.columns, phase, plan.phase_stride); break;
@@ -161,6 +176,12 @@ bool in_blocks(const Plan<A>& plan) {
          !plan.h.gaps;
 }
 
+// The gradient of nearest: plain sums of disjoint blocks.
+template <class A>
+bool in_sums(const Plan<A>& plan) {
+  return plan.kind == Horizontal::pixels && plan.v.sums && plan.h.sums && plan.v.taps * plan.h.taps <= 9;
+}
+
 // Scratch of one thread.
 template <class A>
 struct Scratch {
@@ -188,7 +209,7 @@ struct Walk {
       const int64_t c = plan.channels;
       const T* x = src + plane * plan.v.src * plan.h.src * c;
       T* y = dst + plane * plan.v.dst * plan.h.dst * c;
-      if (plan.kind == Horizontal::pixels && plan.v.sums && plan.h.sums && plan.v.taps * plan.h.taps <= 9) {
+      if (in_sums(plan)) {
         for (int64_t o = r0; o < r1; ++o) {
           const int64_t in = plan.h.src * c;
           sum_pixels(plan, x + plan.v.first[o] * in, plan.v.count[o], in, y + (o * plan.h.dst + d0) * c, d0, d1);
@@ -263,15 +284,29 @@ struct Walk {
         p1 = std::max<int64_t>(p1, plan.h.first[d] + plan.h.count[d]);
       }
     }
-    const int64_t n = (p1 - p0) * c, before = lead_elements();
-    scratch.wide.assign(wide_elements(n), A(0));
+    const int64_t n = (p1 - p0) * c, before = lead_elements(), size = wide_elements(n);
+    scratch.wide.assign(2 * size, A(0));
     scratch.phase.resize(plan.step * plan.phase_stride);
-    A* wide = scratch.wide.data();
     std::vector<const T*> rows(plan.v.taps);
-    for (int64_t d = r0; d < r1; ++d) {
+    const auto vertical = [&](int64_t d) {
       const int count = plan.v.count[d];
       for (int t = 0; t < count; ++t) rows[t] = x + (plan.v.first[d] + t) * in + p0 * c;
-      combine(rows.data(), &plan.v.weight[d * plan.v.taps], count, wide + before, n);
+      combine(rows.data(), &plan.v.weight[d * plan.v.taps], count, &scratch.wide[d % 2 * size + before], n);
+    };
+    // Rows are read side by side, which hides from the processor that memory is read in sequence.
+    const auto announce = [&](int64_t d) {
+      const int64_t from = plan.v.first[d - 1] + plan.v.count[d - 1], to = plan.v.first[d] + plan.v.count[d];
+      for (int64_t r = std::max<int64_t>(from, plan.v.first[d]); r < to; ++r) {
+        const char* row = reinterpret_cast<const char*>(x + r * in + p0 * c);
+        for (int64_t i = 0; i < n * int64_t(sizeof(T)); i += 64) __builtin_prefetch(row + i);
+      }
+    };
+    // One row ahead: a load that straddles two stores has to wait until both have left for the cache.
+    vertical(r0);
+    for (int64_t d = r0; d < r1; ++d) {
+      if (d + 2 < plan.v.dst) announce(d + 2);
+      if (d + 1 < r1) vertical(d + 1);
+      const A* wide = &scratch.wide[d % 2 * size];
       T* out = y + (d * plan.h.dst + d0) * c;
       if (plan.kind == Horizontal::pixels) {
         horizontal_pixels(plan, wide, p0, out, d0, d1);
@@ -284,7 +319,8 @@ struct Walk {
   // Elements of a widened row, and the zeros before its first one.
   int64_t lead_elements() const { return plan.lead * plan.channels; }
   int64_t wide_elements(int64_t n) const {
-    return std::max(lead_elements() + n, plan.step * plan.columns * plan.channels) + 2 * kLanes<A>;
+    const int64_t read = plan.step * std::max(plan.columns * plan.channels, plan.padded) + plan.shift + plan.reach;
+    return std::max(lead_elements() + n, read) + 2 * kLanes<A>;
   }
 
   // The row as A, with what the narrow passes need around it.
@@ -324,13 +360,13 @@ void banded(const Problem& p, int64_t threads, ParallelFor parallel) {
                   plan->h.dst,
                   1,
                   !plan->rows_first && bytes >= kStreamBytes};
-  if (plan->kind == Horizontal::pixels && !in_blocks(*plan)) {
+  if (plan->kind == Horizontal::pixels && !in_blocks(*plan) && !in_sums(*plan)) {
     const int64_t widest = plan->rows_first ? std::max<int64_t>(1, plan->h.src / std::max<int64_t>(1, plan->h.dst)) : 1;
     walk.segment = std::min(plan->h.dst, std::max<int64_t>(1, kSegment / (c * widest)));
     walk.segments = (plan->h.dst + walk.segment - 1) / walk.segment;
   }
   const int64_t elements = planes * std::max(plan->v.dst * plan->h.dst, plan->v.src * plan->h.src) * c;
-  if (elements < 16384 || threads < 2) return walk.run(0, walk.tasks());
+  if (elements * int64_t(sizeof(T)) < kSmallBytes || threads < 2) return walk.run(0, walk.tasks());
   if (walk.tasks() < 4 * threads) {  // few planes: cut them into strips of rows
     const int64_t want = (4 * threads + walk.tasks() - 1) / walk.tasks();
     walk.strip_rows = std::max<int64_t>(8, (plan->v.dst + want - 1) / want);

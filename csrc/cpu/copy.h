@@ -12,6 +12,8 @@
 namespace aeup {
 namespace AEUP_ISA {
 
+constexpr int64_t kSmallBytes = 1 << 17;  // below, a second thread costs more than it brings
+
 struct Copy {
   const char* src;
   char* dst;
@@ -69,10 +71,25 @@ inline void build_row(const Copy& c, const char* from, char* to, int64_t d0, int
     case 8: return gather_pixels<uint64_t>(from, to, columns, n);
     default: break;
   }
-  if (c.pixel >= kVectorBytes) return copy_columns<Vec<int32_t>>(from, to, columns, n, c.pixel);
   if (c.pixel > 8) return copy_columns<uint64_t>(from, to, columns, n, c.pixel);
   if (c.pixel > 4) return copy_columns<uint32_t>(from, to, columns, n, c.pixel);
   return copy_columns<uint16_t>(from, to, columns, n, c.pixel);
+}
+
+// Wide pixels go straight to their places, in the order of the output: its pages are met once and in sequence.
+inline void copy_wide_pixels(const Copy& c, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    const char* from = c.src + (row / c.oh * c.ih + c.rows[row % c.oh]) * c.iw * c.pixel;
+    char* to = c.dst + row * c.ow * c.pixel;
+    for (int64_t o = 0; o < c.ow; ++o, to += c.pixel) {
+      if (c.stream) {
+        stream_copy(to, from + c.columns[o] * c.pixel, c.pixel);
+      } else {
+        copy_pixel<Vec<int32_t>>(from + c.columns[o] * c.pixel, to, c.pixel);
+      }
+    }
+  }
+  if (c.stream) stream_fence();
 }
 
 inline void copy_tasks(const Copy& c, int64_t begin, int64_t end) {
@@ -133,10 +150,16 @@ inline void copy_pixels(const Problem& p, int64_t threads, ParallelFor parallel,
   }
   c.doubled = p.ow == 2 * p.iw;
   for (int64_t o = 0; o < p.ow && c.doubled; ++o) c.doubled = c.columns[o] == o / 2;
+  const bool small = planes * p.oh * p.ow * pixel < kSmallBytes || threads < 2;
+  if (pixel >= kVectorBytes) {
+    if (small) return copy_wide_pixels(c, 0, planes * p.oh);
+    return parallel(
+        planes * p.oh, [](int64_t b, int64_t e, void* x) { copy_wide_pixels(*static_cast<Copy*>(x), b, e); }, &c);
+  }
   c.segment = std::min(p.ow, std::max<int64_t>(2, 16384 / pixel / 2 * 2));
   c.segments = (p.ow + c.segment - 1) / c.segment;
   const int64_t tasks = planes * c.segments;
-  if (planes * p.oh * p.ow * pixel < 65536 || threads < 2) return copy_tasks(c, 0, tasks);
+  if (small) return copy_tasks(c, 0, tasks);
   if (tasks < 4 * threads) {
     c.strip = std::max<int64_t>(8, (p.oh * tasks + 4 * threads - 1) / (4 * threads));
     c.strips = (p.oh + c.strip - 1) / c.strip;

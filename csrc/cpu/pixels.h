@@ -46,21 +46,32 @@ void horizontal_pixels(const Plan<A>& plan, const S* row, int64_t origin, D* out
   }
 }
 
+// One pixel as the plain sum of `rows` x `columns` source pixels (R and Q where the compiler may know them).
+template <int R, int Q, class T>
+inline void sum_pixel(const T* x, int rows, int columns, int64_t in, int64_t c, T* out) {
+  using A = typename Arith<T>::type;
+  constexpr int64_t L = kLanes<A>;
+  for (int64_t i = 0; i < c; i += L) {
+    const int64_t e = std::min(i, c - L);
+    Vec<A> a{};
+    for (int t = 0; t < (R ? R : rows); ++t) {
+      for (int u = 0; u < (Q ? Q : columns); ++u) a += load(x + t * in + u * c + e);
+    }
+    store(out + e, a);
+  }
+}
+
 // Pixels [d0, d1) of a destination row that is a plain sum of blocks: `rows` source rows from `row` on, `in` apart.
 template <class T, class A>
 void sum_pixels(const Plan<A>& plan, const T* row, int rows, int64_t in, T* out, int64_t d0, int64_t d1) {
-  constexpr int64_t L = kLanes<A>;
   const int64_t c = plan.channels;
   for (int64_t d = d0; d < d1; ++d, out += c) {
     const T* x = row + plan.h.first[d] * c;
     const int columns = plan.h.count[d];
-    for (int64_t i = 0; i < c; i += L) {
-      const int64_t e = std::min(i, c - L);
-      Vec<A> a{};
-      for (int t = 0; t < rows; ++t) {
-        for (int u = 0; u < columns; ++u) a += load(x + t * in + u * c + e);
-      }
-      store(out + e, a);
+    if (rows == 2 && columns == 2) {
+      sum_pixel<2, 2>(x, rows, columns, in, c, out);
+    } else {
+      sum_pixel<0, 0>(x, rows, columns, in, c, out);
     }
   }
 }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <vector>
 
@@ -66,9 +67,18 @@ Band<A> forward_band(const Problem& p, bool vertical) {
   const Band<double> exact = forward_band(make_axis<double>(p, vertical, false));
   Band<A> band;
   band.resize(exact.src, exact.dst, exact.taps);
-  band.first = exact.first;
-  band.count = exact.count;
-  std::copy(exact.weight.begin(), exact.weight.end(), band.weight.begin());
+  // Taps at the ends whose weight is nothing but the rounding of a position are not read: 0 * Inf would be NaN, and the
+  // transposed band would lose its regular shape.
+  const double noise = double(exact.dst) * 2.3e-16;
+  for (int64_t o = 0; o < exact.dst; ++o) {
+    const double* w = &exact.weight[o * exact.taps];
+    int64_t lo = 0, hi = exact.count[o];
+    while (hi > lo + 1 && std::abs(w[hi - 1]) <= noise) --hi;
+    while (hi > lo + 1 && std::abs(w[lo]) <= noise) ++lo;
+    band.first[o] = int32_t(exact.first[o] + lo);
+    band.count[o] = int32_t(hi - lo);
+    for (int64_t t = lo; t < hi; ++t) band.weight[o * band.taps + t - lo] = A(w[t]);
+  }
   return band;
 }
 
