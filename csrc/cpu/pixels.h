@@ -68,10 +68,12 @@ void sum_pixels(const Plan<A>& plan, const T* row, int rows, int64_t in, T* out,
   for (int64_t d = d0; d < d1; ++d, out += c) {
     const T* x = row + plan.h.first[d] * c;
     const int columns = plan.h.count[d];
-    if (rows == 2 && columns == 2) {
-      sum_pixel<2, 2>(x, rows, columns, in, c, out);
-    } else {
-      sum_pixel<0, 0>(x, rows, columns, in, c, out);
+    switch (rows * 4 + columns) {
+      case 2 * 4 + 2: sum_pixel<2, 2>(x, rows, columns, in, c, out); break;
+      case 2 * 4 + 3: sum_pixel<2, 3>(x, rows, columns, in, c, out); break;
+      case 3 * 4 + 2: sum_pixel<3, 2>(x, rows, columns, in, c, out); break;
+      case 3 * 4 + 3: sum_pixel<3, 3>(x, rows, columns, in, c, out); break;
+      default: sum_pixel<0, 0>(x, rows, columns, in, c, out);
     }
   }
 }
