@@ -14,14 +14,7 @@ from aeup.models import MODELS, VAE
 from aeup.train import TrainConfig
 from aeup.train.checkpoint import load_state
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The models here are tiny: a second thread only waits for the first."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -13,13 +13,7 @@ from aeup.models import MODELS, VAE, Autoencoder, AutoencoderConfig, VAEConfig
 SMALL = dict(image_size=(12, 10), latent_dim=3, channels=(6, 4, 4), hidden=8)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The models here are tiny: a second thread only waits for the first."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def small(name, **more):

@@ -25,13 +25,7 @@ from aeup.train.pictures import grid, pairs
 OPTIONS = dict(channels=(6, 4, 4), hidden=8, latent_dim=3)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The models here are tiny: a second thread only waits for the first."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def silent(**more):

@@ -98,10 +98,10 @@ std::shared_ptr<const Plan<A>> make_plan(const Problem& p) {
 // The last few plans of this thread: a training step calls the same geometries again and again.
 template <class A>
 std::shared_ptr<const Plan<A>> plan_for(const Problem& p) {
-  using Key = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, double, double, int>;
+  using Key = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, double, double, int>;
   const int flags = int(p.mode) * 32 + p.align_corners + 2 * p.antialias + 4 * p.backward + 8 * p.channels_last +
                     16 * cpu_vectorized_rule(p);
-  const Key key{p.ih, p.iw, p.oh, p.ow, p.channels_last ? p.c : 1, 0, p.scale_h, p.scale_w, flags};
+  const Key key{p.ih, p.iw, p.oh, p.ow, p.channels_last ? p.c : 1, p.scale_h, p.scale_w, flags};
   thread_local std::list<std::pair<Key, std::shared_ptr<const Plan<A>>>> recent;
   for (auto it = recent.begin(); it != recent.end(); ++it) {
     if (it->first == key) {
