@@ -14,12 +14,23 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .cases import DEFAULT_DTYPES, DIRECTIONS, DTYPES, LAYOUTS, QUICK_SHAPES, SETS, SHAPES, WORKLOADS, interpolate_cases
+from . import conv_transpose2d, interpolate
 from .harness import Row, Settings, run
+from .machine import environment, measure_machine
 from .peers import BACKENDS, available
-from .report import Report, environment
+from .report import Report
+from .workload import DIRECTIONS, Operator
 
-ALL_MODES = tuple(dict.fromkeys(m for w in WORKLOADS for m in w.modes))
+OPERATORS: tuple[Operator, ...] = (interpolate.OPERATOR, conv_transpose2d.OPERATOR)
+WRITE_SECONDS = 2  # what was measured is on the disk at most so much later
+AXES_HELP = {
+    "set": "Workloads: main (default) or those of real models. Repeatable, as are the other filters.",
+    "shape": "Only these shapes.",
+    "mode": "Only these modes.",
+    "dtype": "Only these dtypes; default: those that matter on the device.",
+    "layout": "Only this layout.",
+    "direction": "Only this direction.",
+}
 
 
 @click.group()
@@ -43,69 +54,80 @@ def _sigterm_as_interrupt() -> Iterator[list[int]]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def _many(option: str, values, text: str):
-    return click.option(f"--{option}", f"{option}s", multiple=True, type=click.Choice(values), help=text)
+def _many(option: str, values):
+    return click.option(f"--{option}", f"{option}s", multiple=True, type=click.Choice(values), help=AXES_HELP[option])
 
 
-@bench.command()
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-@_many("set", SETS, "Workloads: main (default) or those of real models. Repeatable, as are the next five.")
-@_many("shape", SHAPES, "Only these shapes.")
-@_many("mode", ALL_MODES, "Only these modes.")
-@_many("dtype", tuple(DTYPES), f"Default: {', '.join(DEFAULT_DTYPES)}.")
-@_many("layout", tuple(LAYOUTS), "Only this layout.")
-@_many("direction", DIRECTIONS, "Only this direction.")
-@click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="Force aeup's backend.")
-@click.option("--compiled/--no-compiled", default=None, help="Also torch.compile; default: on a GPU only (slow).")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: torch's.")
-@click.option("--min-time", type=click.FloatRange(min=0, min_open=True), help="Seconds for each peer and row.")
-@click.option("--retries", type=click.IntRange(min=0), default=1, show_default=True, help="Of a disturbed CPU row.")
-@click.option("--quick", is_flag=True, help=f"Only {', '.join(QUICK_SHAPES)}, few samples: a look, not a result.")
-@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=pathlib.Path), help="Where to write.")
-def interpolate(
-    device,
-    sets,
-    shapes,
-    modes,
-    dtypes,
-    layouts,
-    directions,
-    backend,
-    compiled,
-    threads,
-    min_time,
-    retries,
-    quick,
-    json_path,
-) -> None:
-    """Measure aeup.interpolate against torch.
+def _options(operator: Operator):
+    """The options that all operators share, and the operator's filters."""
+    options = [
+        click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
+        *(_many(axis, tuple(values)) for axis, values in operator.axes.items()),
+        _many("direction", DIRECTIONS),
+        click.option(
+            "--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="aeup's, forced."
+        ),
+        click.option("--compiled/--no-compiled", default=None, help="Also torch.compile; default: on a GPU (slow)."),
+        click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: torch's."),
+        click.option("--min-time", type=click.FloatRange(0, min_open=True), help="Seconds for each peer and row."),
+        click.option("--retries", type=click.IntRange(0), default=1, show_default=True, help="Of a disturbed CPU row."),
+        click.option(
+            "--quick", is_flag=True, help=f"Only {', '.join(operator.quick)}, few samples: a look, not a result."
+        ),
+        click.option(
+            "--json", "json_path", type=click.Path(dir_okay=False, path_type=pathlib.Path), help="Where to write."
+        ),
+    ]
 
-    Prints a table, losses first, and writes JSON (default: runs/bench/interpolate-DEVICE.json). Exit code 1 if a
-    result of aeup is wrong or nothing was measured, 130 or 143 if stopped (Ctrl-C, SIGTERM); what was measured is kept.
-    """
+    def decorate(fn):
+        for option in reversed(options):
+            fn = option(fn)
+        return fn
+
+    return decorate
+
+
+def _command(operator: Operator) -> click.Command:
+    @bench.command(
+        operator.name,
+        help=f"""Measure aeup.{operator.name} against torch.
+
+        Prints a table, losses first, and writes JSON (default: runs/bench/{operator.name}-DEVICE.json). Exit code 1 if
+        a result of aeup is wrong or nothing was measured, 130 or 143 if stopped (Ctrl-C, SIGTERM); what was measured is
+        kept.""",
+    )
+    @_options(operator)
+    def command(**options) -> None:
+        raise SystemExit(_measure(operator, **options))
+
+    return command
+
+
+def _measure(
+    operator: Operator, device, directions, backend, compiled, threads, min_time, retries, quick, json_path, **filters
+) -> int:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device == "cuda" and not torch.cuda.is_available():
         raise click.BadParameter("this torch sees no CUDA device", param_hint="--device")
-    if quick and not shapes:
-        shapes = QUICK_SHAPES
-    if shapes and not sets:  # a shape that is named says in which set it is
-        sets = tuple(dict.fromkeys(w.set for w in WORKLOADS if w.name in shapes))
-    cases = interpolate_cases(
-        device, sets or ("main",), shapes, modes, dtypes or DEFAULT_DTYPES, layouts or tuple(LAYOUTS)
-    )
+    if quick and not filters["shapes"]:
+        filters["shapes"] = operator.quick
+    try:
+        cases = operator.cases(device, **filters)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
     if not cases:
-        raise click.UsageError("no row is left: the filters --set, --shape and --mode exclude each other")
-    if quick:
-        settings = Settings(device, min_time or 0.03, min_rounds=3, retries=retries)
-    else:
-        settings = Settings(device, min_time or (0.15 if device == "cpu" else 0.05), retries=retries)
+        raise click.UsageError(
+            f"no row is left: the filters {', '.join(map('--{}'.format, operator.axes))} exclude each other"
+        )
+    min_time = min_time or (0.03 if quick else operator.min_time[device])
+    settings = Settings(device, min_time, retries=retries, eager=operator.eager, **({"min_rounds": 3} if quick else {}))
     torch.set_num_threads(threads or torch.get_num_threads())
-    peers, gaps = available(device, device != "cpu" if compiled is None else compiled, backend)
-    path = json_path or pathlib.Path("runs/bench") / f"interpolate-{device}.json"
-    options = dict(sets=sets, shapes=shapes, modes=modes, dtypes=dtypes, layouts=layouts, directions=directions)
-    options |= dict(backend=backend, retries=retries, compiled=compiled, threads=threads, quick=quick)
-    report = Report([], environment(device), gaps, settings, options)
+    peers, gaps = available(operator, device, device != "cpu" if compiled is None else compiled, backend)
+    path = json_path or pathlib.Path("runs/bench") / f"{operator.name}-{device}.json"
+    options = filters | dict(directions=directions, backend=backend, retries=retries)
+    options |= dict(compiled=compiled, threads=threads, quick=quick)
+    report = Report(operator, [], environment(device), gaps, settings, options)
     started = time.monotonic()
     try:  # a path that cannot be written is found out before the work, not after
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -114,31 +136,40 @@ def interpolate(
         raise click.BadParameter(f"{path}: {error.strerror}", param_hint="--json") from None
 
     chosen = [d for d in DIRECTIONS if not directions or d in directions]
+    if device != "cpu" and any(case.flops(direction) for case in cases for direction in chosen):
+        report.machine = measure_machine(device, (case.dtype for case in cases))
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with (
         Progress(*columns, console=Console(stderr=True), transient=True) as progress,
         _sigterm_as_interrupt() as caught,
     ):
         task = progress.add_task("", total=len(cases) * len(chosen))
+        written = time.monotonic()
 
         def before(row: Row) -> None:
             progress.update(task, description=row.id)
 
         def after(rows: list[Row]) -> None:
+            nonlocal written
             progress.advance(task)
             report.rows = rows
-            report.write(path)
+            if time.monotonic() - written > WRITE_SECONDS:
+                report.write(path)
+                written = time.monotonic()
 
-        report.rows, stopped = run(cases, chosen, peers, settings, before, after)
+        report.rows, stopped = run(cases, chosen, peers, settings, before, after, report.machine)
     report.stopped_by = (caught or [int(signal.SIGINT)])[0] if stopped else None
     report.write(path)
     console = Console()
     if not console.is_terminal:
-        console = Console(width=160)
+        console = Console(width=260 if report.eager else 160)
     report.render(console)
     console.print(f"{time.monotonic() - started:.0f} s, written to {path}", soft_wrap=True, highlight=False)
-    raise SystemExit(report.exit_code())
+    return report.exit_code()
 
+
+for _operator in OPERATORS:
+    _command(_operator)
 
 if __name__ == "__main__":
     bench()

@@ -1,24 +1,26 @@
 """The correctness gate: no result that fails it is timed.
 
 A result passes if its largest error against float64 torch on the same inputs is at most twice torch's own largest
-error at that dtype, plus 2 ulps at the largest reference value; and again on the border alone, where edges are
-clamped. Nearest copies, so its forward must be exact; its reference uses the source indices that torch chooses at the
-case's dtype and layout (float64's may differ). Its backward is a plain sum, so torch's error counts only as far as
-rounding explains it: a torch that gathers from other indices than its forward widens no budget.
+error at that dtype class, plus 2 ulps at the largest reference value; and again on the border alone, where edges are
+clamped or cut. What an op needs beyond that is in its `Part`s.
+
+Where torch has two ways to the same result (its two layouts), its own error is the larger one of the two; the second
+counts up to four times the first, so that a torch that is wrong in one of them admits nothing wrong.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .cases import Case
+from .workload import Case, Part
 
 FLOOR_ULPS = 2
+SECOND_TORCH = 4
 
 
 @dataclass(frozen=True)
@@ -31,102 +33,109 @@ class Check:
     border_budget: float
     reason: str | None
 
+    @property
+    def severity(self) -> tuple[bool, float]:
+        """Orders checks: red ones, then those that came closest to the budget."""
+        near = self.error / self.budget if self.budget else self.error
+        return self.reason is not None, near if math.isfinite(near) else math.inf
 
-def autograd_backward(fn, x: Tensor):
-    """grad_output -> grad_input of `fn` at `x`, by `torch.autograd.grad` on one kept graph: the same for every peer."""
-    leaf = x.detach().requires_grad_()
-    y = fn(leaf)
+
+def autograd_backward(fn: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    """grad_output -> gradients of all `inputs` of `fn`, by `torch.autograd.grad` on one kept graph: the same for every
+    peer."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    y = fn(*leaves)
     if not y.requires_grad:
         raise RuntimeError("the result does not require a gradient although the input does")
-    return lambda g: torch.autograd.grad(y, leaf, g, retain_graph=True)[0]
+    return lambda g: torch.autograd.grad(y, leaves, g, retain_graph=True)
 
 
-def torch_result(case: Case, direction: str, x: Tensor, given: Tensor) -> Tensor:
-    """Eager torch on `given` (input or output gradient); `x` is an input of the right shape."""
-    if direction == "forward":
-        return F.interpolate(given, **case.kwargs())
-    return autograd_backward(lambda t: F.interpolate(t, **case.kwargs()), x)(given)
+def _error_maps(result: Tensor, part: Part) -> tuple[Tensor, Tensor]:
+    """Largest error and largest reference value, over batch and channels [h, w], or over all [1, 1] where the part has
+    no border. NaN stays NaN."""
+    maps = (result.double() - part.reference).abs_(), part.reference.abs()
+    return tuple(m.amax((0, 1)) if part.frame else m.amax().view(1, 1) for m in maps)
 
 
-def nearest_sources(case: Case, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Source row of each output row [oh] and source column of each output column [ow], as torch chooses them."""
-    g = case.geometry
-
-    def probe(values: Tensor) -> Tensor:  # [h, w] of whole numbers below 128, exact in every dtype -> [oh, ow]
-        x = values.to(case.torch_dtype).expand(1, g.c, g.h, g.w).contiguous(memory_format=case.memory_format)
-        return F.interpolate(x, **case.kwargs())[0, 0].long()
-
-    rows = torch.arange(g.h, device=device)[:, None].expand(g.h, g.w)
-    cols = torch.arange(g.w, device=device)[None, :].expand(g.h, g.w)
-    row = probe(rows // 128)[:, 0] * 128 + probe(rows % 128)[:, 0]
-    col = probe(cols // 128)[0] * 128 + probe(cols % 128)[0]
-    return row, col
-
-
-def reference(case: Case, direction: str, given: Tensor) -> Tensor:
-    """The float64 result [n, c, h, w] for `given` (input or output gradient)."""
-    g, wide = case.geometry, given.detach().double().contiguous()
-    if case.mode.startswith("nearest"):
-        row, col = nearest_sources(case, given.device)
-        if direction == "forward":
-            return wide.index_select(2, row).index_select(3, col)
-        pick_rows = F.one_hot(row, g.h).double()  # [oh, h]
-        pick_cols = F.one_hot(col, g.w).double()  # [ow, w]
-        return pick_rows.t() @ (wide @ pick_cols)
-    x = wide if direction == "forward" else wide.new_zeros(g.input)
-    return torch_result(case, direction, x, wide)
-
-
-def _error_maps(result: Tensor, ref: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest error and largest reference value over batch and channels, each [h, w]. NaN stays NaN."""
-    return (result.double() - ref).abs_().amax((0, 1)), ref.abs().amax((0, 1))
-
-
-def _worst(m: Tensor, frame: tuple[int, int]) -> tuple[float, float]:
+def _worst(m: Tensor, frame: tuple[int, int] | None) -> tuple[float, float]:
     """Largest value of a map [h, w], everywhere and on the frame of the given height and width alone."""
-    h, w = (min(f, s) for f, s in zip(frame, m.shape, strict=True))
+    h, w = (min(f, s) for f, s in zip(frame or m.shape, m.shape, strict=True))
     edges = torch.stack([m[:h].max(), m[-h:].max(), m[:, :w].max(), m[:, -w:].max()])
-    return m.max().item(), edges.max().item()
+    return tuple(torch.stack([m.max(), edges.max()]).tolist())
 
 
-class Gate:
-    """Holds the reference and torch's own error for one case and direction."""
+def _strides(t: Tensor) -> list[int]:
+    """Strides of the axes that have any: one of size 1 has no place in memory."""
+    return [stride for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1]
 
-    def __init__(self, case: Case, direction: str, given: Tensor, torch_out: Tensor):
-        self.case, self.direction = case, direction
-        self.ref = reference(case, direction, given)
-        g = case.geometry
-        # Rows and columns of the result that a clamped tap can reach: two input pixels.
-        reach = (math.ceil(g.oh / g.h), math.ceil(g.ow / g.w)) if direction == "forward" else (1, 1)
-        self.frame = (2 * reach[0], 2 * reach[1])
-        self.torch_stride = torch_out.stride()
-        errors, sizes = _error_maps(torch_out, self.ref)
-        floor = FLOOR_ULPS * torch.finfo(case.torch_dtype).eps
-        self.torch_error, self.torch_border_error = _worst(errors, self.frame)
-        size, border_size = _worst(sizes, self.frame)
-        cap = math.inf
-        if case.mode.startswith("nearest"):
-            terms = math.ceil(g.oh / g.h) * math.ceil(g.ow / g.w)
-            cap = terms * torch.finfo(torch.float32).eps if direction == "backward" else 0.0
-            floor = floor if direction == "backward" else 0.0
-        self.budget = 2 * min(self.torch_error, cap * size) + floor * size
-        self.border_budget = 2 * min(self.torch_border_error, cap * border_size) + floor * border_size
+
+class Judge:
+    """Holds one part's reference and torch's own error."""
+
+    def __init__(self, case: Case, direction: str, part: Part, torch_result: Tensor):
+        self.case, self.direction, self.part = case, direction, part
+        self.torch_strides = _strides(torch_result)
+        errors, sizes = _error_maps(torch_result, part)
+        self.first_errors = self.torch_errors = _worst(errors, part.frame)  # everywhere, on the border
+        self.sizes = _worst(sizes, part.frame)
+
+    def widen(self, torch_result: Tensor) -> None:
+        """Take in another result of torch."""
+        others = _worst(_error_maps(torch_result, self.part)[0], self.part.frame)
+        every = zip(self.torch_errors, others, self.first_errors, strict=True)
+        self.torch_errors = tuple(max(own, min(other, SECOND_TORCH * first)) for own, other, first in every)
+
+    def _budget(self, at: int) -> float:
+        part, size, torch_error = self.part, self.sizes[at], self.torch_errors[at]
+        counted = torch_error if math.isinf(part.cap) else min(torch_error, part.cap * size)
+        return 2 * counted + FLOOR_ULPS * (part.eps * size + part.noise)
+
+    @property
+    def budget(self) -> float:
+        return self._budget(0)
+
+    @property
+    def border_budget(self) -> float:
+        return self._budget(1)
 
     def check(self, result: Tensor, keep_layout: bool = False) -> Check:
         """Judge a result. `keep_layout`: its strides must be torch's; a gradient may also keep the case's layout, where
         torch itself loses it."""
-        nan, case = math.nan, self.case
-        if result.shape != self.ref.shape:
-            return Check(nan, nan, nan, nan, f"shape {tuple(result.shape)}, expected {tuple(self.ref.shape)}")
+        nan, case, part = math.nan, self.case, self.part
+        if result.shape != part.reference.shape:
+            return Check(nan, nan, nan, nan, f"shape {tuple(result.shape)}, expected {tuple(part.reference.shape)}")
         if result.dtype != case.torch_dtype:
             return Check(nan, nan, nan, nan, f"dtype {result.dtype}, expected {case.torch_dtype}")
-        error, border_error = _worst(_error_maps(result, self.ref)[0], self.frame)
+        error, border_error = _worst(_error_maps(result, part)[0], part.frame)
         reason = None
         if not error <= self.budget:  # also catches NaN
             reason = f"error {error:.3g} above the budget {self.budget:.3g}"
         elif not border_error <= self.border_budget:
             reason = f"error {border_error:.3g} on the border above the budget {self.border_budget:.3g}"
-        elif keep_layout and result.stride() != self.torch_stride:
-            if self.direction == "forward" or not result.is_contiguous(memory_format=case.memory_format):
-                reason = f"strides {result.stride()}, torch has {self.torch_stride}"
+        elif keep_layout and _strides(result) != self.torch_strides:
+            kept = result.dim() == 4 and result.is_contiguous(memory_format=case.memory_format)
+            if self.direction == "forward" or not kept:
+                reason = f"strides {result.stride()}, torch has {self.torch_strides}"
         return Check(error, self.budget, border_error, self.border_budget, reason)
+
+
+class Gate:
+    """Judges what a case gives in one direction: the output, or the gradients of all inputs."""
+
+    def __init__(self, case: Case, direction: str, parts: Sequence[Part], torch_results: Sequence[Tensor]):
+        pairs = zip(parts, torch_results, strict=True)
+        self.judges = [Judge(case, direction, part, result) for part, result in pairs]
+
+    @property
+    def torch_error(self) -> float:
+        return max(judge.torch_errors[0] for judge in self.judges)
+
+    def widen(self, torch_results: Sequence[Tensor]) -> None:
+        """Take in what torch gives in another way."""
+        for judge, result in zip(self.judges, torch_results, strict=True):
+            judge.widen(result)
+
+    def check(self, results: Sequence[Tensor], keep_layout: bool = False) -> dict[str, Check]:
+        """The verdict on each part, by its name."""
+        pairs = zip(self.judges, results, strict=True)
+        return {judge.part.name: judge.check(result, keep_layout) for judge, result in pairs}

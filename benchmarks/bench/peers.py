@@ -1,24 +1,21 @@
 """The implementations that are measured against each other, as small adapters.
 
-Every peer is a function of the input alone, bound to a case before anything is timed. A peer that is not installed is
+Every peer is a function of the inputs alone, bound to a case before anything is timed. A peer that is not installed is
 a gap with a name and a reason, never an error.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import aeup
 
-from .cases import Case
+from .workload import Case, Operator
 
 BACKENDS = ("auto", *aeup.backends.NAMES)
 
@@ -27,33 +24,41 @@ def _serves_all(case: Case, direction: str) -> str | None:
     return None
 
 
+def _as_it_is(case: Case, x: Tensor) -> Tensor:
+    return x
+
+
 @dataclass(frozen=True)
 class Peer:
-    """`make(case)` gives input -> output. `context` is entered around every use, outside of the timed region.
+    """`make(case)` gives inputs -> output. `context` is entered around every use, outside of the timed region.
 
+    `adapt(case, x)` is x, an input or the output's gradient, as the peer likes it; it is not timed.
     `refuses(case, direction)` is the reason why the peer has no such op, or None; an exception of the type `refusal`
-    says the same later. `explain(case, direction, x)` names the backend and the kernel that run on the input `x`. The
-    `subject` is the implementation that the others are compared with.
+    says the same later. `explain(case, direction, inputs)` names the backend and the kernel that run on the inputs. The
+    `subject` is the implementation that the others are compared with. `is_torch`: eager torch, whose error sets the
+    budget.
     """
 
     name: str
-    make: Callable[[Case], Callable[[Tensor], Tensor]]
+    make: Callable[[Case], Callable[..., Tensor]]
     context: Callable[[], AbstractContextManager] = nullcontext
+    adapt: Callable[[Case, Tensor], Tensor] = _as_it_is
     refuses: Callable[[Case, str], str | None] = _serves_all
     refusal: tuple[type[Exception], ...] = ()
-    explain: Callable[[Case, str, Tensor], tuple[str | None, str | None]] = lambda case, direction, x: (None, None)
+    explain: Callable[[Case, str, tuple], tuple[str | None, str | None]] = lambda case, direction, inputs: (None, None)
     subject: bool = False
+    is_torch: bool = False
 
 
 def torch_eager() -> Peer:
-    return Peer("torch", lambda case: functools.partial(F.interpolate, **case.kwargs()))
+    return Peer("torch", lambda case: case.torch(), is_torch=True)
 
 
 def torch_compiled() -> Peer:
     def make(case: Case):
         torch._dynamo.reset()  # the recompile limit counts per function, not per case
-        kw = case.kwargs()
-        return torch.compile(lambda x: F.interpolate(x, **kw), dynamic=False, fullgraph=True)
+        call = case.torch()
+        return torch.compile(lambda *inputs: call(*inputs), dynamic=False, fullgraph=True)
 
     return Peer("compiled", make)
 
@@ -61,67 +66,27 @@ def torch_compiled() -> Peer:
 def aeup_peer(backend: str = "auto") -> Peer:
     """aeup itself, the subject; with `backend` other than "auto" it is made to use that backend or to say why not."""
 
-    def explain(case: Case, direction: str, x: Tensor) -> tuple[str, str]:
-        calls = aeup.explain(aeup.interpolate, x, **case.kwargs())  # the call, then its gradient
-        choice = calls[0 if direction == "forward" else 1]
-        return choice.backend, choice.kernel
-
-    def make(case: Case):
-        return functools.partial(aeup.interpolate, **case.kwargs())
+    def explain(case: Case, direction: str, inputs: tuple) -> tuple[str, str]:
+        calls = aeup.explain(case.aeup(), *inputs)  # the call, then its gradients
+        chosen = calls[:1] if direction == "forward" else calls[1:]
+        return tuple(" + ".join(dict.fromkeys(filter(None, names))) for names in zip(*_choices(chosen), strict=True))
 
     name, context = ("aeup", nullcontext) if backend == "auto" else (f"aeup:{backend}", lambda: aeup.backend(backend))
-    return Peer(name, make, context, refusal=(aeup.BackendError,), explain=explain, subject=True)
+    return Peer(name, lambda case: case.aeup(), context, refusal=(aeup.BackendError,), explain=explain, subject=True)
 
 
-def flag_gems() -> Peer:
-    """FlagGems' own functions, called directly; they follow the schema of torch.ops.aten.upsample_*."""
-    import flag_gems as gems
-
-    def op(case: Case, suffix: str = ""):
-        return getattr(gems, f"upsample_{case.mode.replace('-', '_')}2d{suffix}", None)
-
-    def refuses(case: Case, direction: str) -> str | None:
-        if op(case) is None:
-            return f"this release has no {case.mode} 2-D"
-        if direction == "backward" and op(case, "_backward") is None:
-            return f"this release has no {case.mode} 2-D backward"
-        return None if case.layout == "NCHW" else "NCHW only"
-
-    def make(case: Case):
-        g = case.geometry
-        corners = () if case.mode.startswith("nearest") else (bool(case.align_corners),)
-        scales = (None, None) if case.by == "size" else case.scale_factor
-        forward, backward = op(case), op(case, "_backward")
-
-        class Interpolate(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx, x):
-                return forward(x, [g.oh, g.ow], *corners, *scales)
-
-            @staticmethod
-            def backward(ctx, grad):
-                return backward(grad, [g.oh, g.ow], list(g.input), *corners, *scales)
-
-        return lambda x: Interpolate.apply(x) if x.requires_grad else forward(x, [g.oh, g.ow], *corners, *scales)
-
-    return Peer("flag_gems", make, refuses=refuses)
+def _choices(chosen) -> list[tuple[str, str]]:
+    return [(choice.backend, choice.kernel) for choice in chosen] or [("", "")]
 
 
-def available(device: str, compiled: bool, backend: str = "auto") -> tuple[list[Peer], dict[str, str]]:
+def available(
+    operator: Operator, device: str, compiled: bool, backend: str = "auto"
+) -> tuple[list[Peer], dict[str, str]]:
     """The peers for a device type, and the gaps: name of a missing peer -> reason."""
     peers, gaps = [torch_eager()], {}
     if compiled:
         peers.append(torch_compiled())
     else:
         gaps["compiled"] = "switched off, turn it on with --compiled"
-    if device == "cpu":
-        gaps["flag_gems"] = "has no CPU kernels"
-    elif importlib.util.find_spec("flag_gems") is None:
-        gaps["flag_gems"] = "not installed (pip install flag-gems)"
-    else:
-        try:
-            peers.append(flag_gems())
-        except Exception as error:  # a peer that is broken on this machine must not stop the others
-            gaps["flag_gems"] = f"cannot be imported: {type(error).__name__}: {error}"
-    peers.append(aeup_peer(backend))
-    return peers, gaps
+    more, missing = operator.peers(device)
+    return [*peers, *more, aeup_peer(backend)], {**gaps, **missing}

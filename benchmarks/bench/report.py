@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import json
 import math
 import os
 import pathlib
-import platform
-import shutil
-import subprocess
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
-import torch
 from rich import box
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-import aeup
-
-from .gate import FLOOR_ULPS
+from .gate import FLOOR_ULPS, Check
 from .harness import COPY, MOVER, Result, Row, Settings, Timing
+from .machine import Machine
+from .workload import Operator
 
 SCHEMA = "aeup.bench/1"
 NOISY = 0.3  # spread above which a row is called noisy
@@ -34,153 +29,127 @@ def geometric_mean(values: Iterable[float]) -> float | None:
     return math.exp(sum(logs) / len(logs)) if logs else None
 
 
-def _output_of(*command: str, cwd: pathlib.Path | None = None) -> str | None:
-    if shutil.which(command[0]) is None:
-        return None
-    try:
-        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _commit() -> tuple[str | None, bool | None]:
-    """Commit of the checkout that this file lies in, and whether it has uncommitted changes."""
-    here = pathlib.Path(__file__).resolve().parent
-    top = _output_of("git", "rev-parse", "--show-toplevel", cwd=here)
-    if top is None or pathlib.Path(top).resolve() / "benchmarks" / "bench" != here:
-        return None, None
-    commit = _output_of("git", "rev-parse", "--verify", "HEAD", cwd=here)
-    return commit, bool(_output_of("git", "status", "--porcelain", cwd=here)) if commit else None
-
-
-def _cpu_name() -> str:
-    try:
-        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def environment(device: str) -> dict:
-    """Where the figures come from: device, driver, versions, commit, date."""
-    commit, dirty = _commit()
-    try:
-        import triton
-
-        triton_version = triton.__version__
-    except ImportError:
-        triton_version = None
-    gpu = device != "cpu"
-    driver = _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpu else None
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "device_type": device,
-        "device": torch.cuda.get_device_name() if gpu else _cpu_name(),
-        "driver": driver.splitlines()[0] if driver else None,
-        "capability": ".".join(map(str, torch.cuda.get_device_capability())) if gpu else None,
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load": os.getloadavg()[0],
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "aeup": aeup.__version__,
-        "commit": commit,
-        "dirty": dirty,
-        "torch": torch.__version__,
-        "triton": triton_version,
-        "cuda": torch.version.cuda,
-        "python": platform.python_version(),
-        "system": platform.platform(),
-    }
-
-
 def _number(x: float | None) -> float | None:
     """JSON has no NaN and no infinity."""
     return x if x is not None and math.isfinite(x) else None
 
 
-def _timing_json(t: Timing, bytes_moved: int) -> dict:
+def _timing_json(t: Timing, row: Row) -> dict:
     micro = {"median_us": t.median * 1e6, "q20_us": t.q20 * 1e6, "q80_us": t.q80 * 1e6}
     host = {} if t.host is None else {"host_us": t.host * 1e6}
-    return {**micro, "samples": t.samples, "gb_per_s": bytes_moved / t.median / 1e9, **host}
+    flops = row.case.flops(row.direction)
+    rate = {"tflop_per_s": flops / t.median / 1e12} if flops else {}
+    return {
+        **micro,
+        "samples": t.samples,
+        "gb_per_s": row.case.bytes(row.direction) / t.median / 1e9,
+        **rate,
+        **host,
+    }
+
+
+def _check_json(check: Check) -> dict:
+    return {k: _number(getattr(check, k)) for k in ("error", "budget", "border_error", "border_budget")}
+
+
+def _result_json(row: Row, name: str, gpu: bool) -> dict:
+    result = row.results[name]
+    entry: dict = {"status": result.status, "reason": result.reason}
+    entry |= {"backend": result.backend, "kernel": result.kernel}
+    if result.check:
+        entry |= _check_json(result.check)
+    if len(result.checks) > 1:
+        entry["parts"] = {part: _check_json(check) for part, check in result.checks.items()}
+    if result.timing:
+        entry |= _timing_json(result.timing, row)
+        entry["fraction_of_copy"] = row.fraction(COPY, name)
+        if gpu:
+            entry["fraction_of_mover"] = row.fraction(MOVER, name)
+        if row.floor:
+            entry["fraction_of_floor"] = row.fraction_of_floor(name)
+    if result.eager:
+        entry["eager_us"] = result.eager.median * 1e6
+        entry |= {"eager_q20_us": result.eager.q20 * 1e6, "eager_q80_us": result.eager.q80 * 1e6}
+    if result.peak_bytes is not None:
+        entry["peak_bytes"] = result.peak_bytes
+    return entry
 
 
 def row_json(row: Row, gpu: bool) -> dict:
-    """One row; ratios are peer's median / subject's median, so above 1 means that aeup is faster."""
-    results = {}
-    for name, result in row.results.items():
-        entry: dict = {"status": result.status, "reason": result.reason}
-        entry |= {"backend": result.backend, "kernel": result.kernel}
-        if result.check:
-            check = dataclasses.asdict(result.check)
-            entry |= {k: _number(check[k]) for k in ("error", "budget", "border_error", "border_budget")}
-        if result.timing:
-            entry |= _timing_json(result.timing, row.case.bytes)
-            entry["fraction_of_copy"] = row.fraction(COPY, name)
-            if gpu:
-                entry["fraction_of_mover"] = row.fraction(MOVER, name)
-        results[name] = entry
-    best = row.best_peer()
+    """One row; ratios are peer's time / subject's time, so above 1 means that aeup is faster."""
+    case, direction = row.case, row.direction
+    best, best_device = row.best_peer(), row.best_peer(device_only=True)
+    own, torchs = (row.results.get(name, Result()).peak_bytes for name in (row.subject, "torch"))
+    flops = case.flops(direction)
     return {
         "id": row.id,
-        "set": row.case.set,
-        "shape": row.case.shape,
-        "source": row.case.source,
-        "input": list(row.case.geometry.input),
-        "output": list(row.case.geometry.output),
-        "by": row.case.by,
-        "mode": row.case.mode,
-        "align_corners": row.case.align_corners,
-        "dtype": row.case.dtype,
-        "layout": row.case.layout,
-        "direction": row.direction,
-        "bytes": row.case.bytes,
+        "set": case.set,
+        "shape": case.shape,
+        "source": case.source,
+        **case.describe(),
+        "dtype": case.dtype,
+        "layout": case.layout,
+        "direction": direction,
+        "bytes": case.bytes(direction),
+        **({"flops": flops} if flops else {}),
+        **({"floor_us": row.floor * 1e6} if row.floor else {}),
         "status": row.status,
         "torch_error": _number(row.torch_error),
         "contended": row.contended,
         "lacking_cpus": row.lacking_cpus,
-        "results": results,
-        "ceilings": {name: _timing_json(t, row.case.bytes) for name, t in row.ceilings.items()},
+        "results": {name: _result_json(row, name, gpu) for name in row.results},
+        "ceilings": {name: _timing_json(t, row) for name, t in row.ceilings.items()},
         "ratio_to_torch": row.ratio("torch"),
         "best_peer": best,
-        "ratio_to_best": row.ratio(best) if best else None,
+        "ratio_to_best": row.ratio(best),
+        "device_ratio_to_torch": row.ratio("torch", device_only=True),
+        "device_ratio_to_best": row.ratio(best_device, device_only=True),
+        "peak_bytes_to_torch": own / torchs if torchs and own is not None else None,
     }
 
 
 def _means(rows: Sequence[Row]) -> dict:
     timed = [r for r in rows if r.median(r.subject)]
 
-    def mean(values: Iterable[float | None]) -> float | None:
-        return geometric_mean(v for v in values if v)
+    def mean(value: Callable[[Row], float | None]) -> float | None:
+        return geometric_mean(v for r in timed if (v := value(r)))
 
+    ratios = [v for r in timed if (v := r.ratio(r.best_peer()))]
     return {
         "rows": len(timed),
-        "ratio_to_torch": mean(r.ratio("torch") for r in timed),
-        "ratio_to_best": mean(r.ratio(b) for r in timed if (b := r.best_peer())),
-        "fraction_of_copy": mean(r.fraction(COPY) for r in timed),
-        "fraction_of_mover": mean(r.fraction(MOVER) for r in timed),
+        "ratio_to_torch": mean(lambda r: r.ratio("torch")),
+        "ratio_to_best": mean(lambda r: r.ratio(r.best_peer())),
+        "smallest_ratio_to_best": min(ratios, default=None),
+        "device_ratio_to_best": mean(lambda r: r.ratio(r.best_peer(True), True)),
+        "fraction_of_copy": mean(lambda r: r.fraction(COPY)),
+        "fraction_of_mover": mean(lambda r: r.fraction(MOVER)),
+        "fraction_of_floor": mean(lambda r: r.fraction_of_floor()),
     }
 
 
 def summary(rows: Sequence[Row]) -> dict:
-    """Counts by status, geometric means per mode and overall, and the row with the smallest ratio to torch. Contended
-    rows count as such and nowhere else."""
+    """Counts by status, geometric means per group of cases and overall, and the rows with the smallest ratios.
+    Contended rows count as such and nowhere else."""
     contended, all_rows, rows = sum(r.contended for r in rows), rows, [r for r in rows if not r.contended]
-    modes = dict.fromkeys(r.case.mode for r in all_rows)
-    ratios = [(ratio, r.id) for r in rows if (ratio := r.ratio("torch"))]
-    smallest = min(ratios, default=None)
+
+    def group(row: Row) -> str:
+        return row.case.group(row.direction)
+
+    def smallest(peer: Callable[[Row], str | None]) -> dict | None:
+        ratios = [(ratio, r.id) for r in rows if (ratio := r.ratio(peer(r)))]
+        return dict(zip(("ratio", "id"), min(ratios), strict=True)) if ratios else None
+
     return {
         "counts": {s: n for s in ("ok", "red", "error", "unsupported", "missing") if (n := _count(all_rows, s))},
-        "losses": sum(1 for r in rows if (b := r.best_peer()) and (r.ratio(b) or 1) < 1),
+        "losses": sum(1 for r in rows if (r.ratio(r.best_peer()) or 1) < 1),
         "contended": contended,
         "noisy": sum(1 for r in rows if (t := r.results.get(r.subject, Result()).timing) and t.spread > NOISY),
         "geometric_mean": {
             "overall": _means(rows),
-            **{mode: _means([r for r in rows if r.case.mode == mode]) for mode in modes},
+            **{name: _means([r for r in rows if group(r) == name]) for name in dict.fromkeys(map(group, all_rows))},
         },
-        "smallest_ratio_to_torch": {"ratio": smallest[0], "id": smallest[1]} if smallest else None,
+        "smallest_ratio_to_torch": smallest(lambda r: "torch"),
+        "smallest_ratio_to_best": smallest(Row.best_peer),
     }
 
 
@@ -192,31 +161,42 @@ def _count(rows: Sequence[Row], status: str) -> int:
 class Report:
     """A whole run. `stopped_by` is the number of the signal that ended it early."""
 
+    operator: Operator
     rows: Sequence[Row]
     environment: dict
     gaps: dict[str, str]
     settings: Settings
     options: dict
+    machine: Machine | None = None
     stopped_by: int | None = None
 
     @property
     def gpu(self) -> bool:
         return self.environment["device_type"] != "cpu"
 
+    @property
+    def eager(self) -> bool:
+        return self.gpu and self.settings.eager
+
     def to_json(self) -> dict:
+        clock = "CUDA events, L2 flushed, host excluded" if self.gpu else "perf_counter, peers interleaved"
+        ratio = "peer's median / aeup's median, above 1 aeup is faster"
         return {
             "schema": SCHEMA,
-            "kind": "interpolate",
+            "kind": self.operator.name,
             "complete": not _count(self.rows, "missing"),
             "stopped_by": self.stopped_by,
             "environment": self.environment,
+            "machine": self.machine.to_json() if self.machine else None,
             "options": self.options,
             "method": {
                 "settings": dataclasses.asdict(self.settings),
-                "clock": "CUDA events, L2 flushed, host excluded" if self.gpu else "perf_counter, peers interleaved",
+                "clock": clock,
+                **({"eager": "wall clock of calls one after another, divided by their number"} if self.eager else {}),
                 "backward": "torch.autograd.grad on a kept graph, for every peer",
-                "budget": f"2 x torch's error against float64 + {FLOOR_ULPS} ulps; nearest: ulps alone, forward exact",
-                "ratio": "peer's median / aeup's median, above 1 aeup is faster",
+                "budget": f"2 x torch's error against float64 + {FLOOR_ULPS} ulps; {self.operator.budget}",
+                "ratio": f"{ratio}; by eager time, device_ratio by device time" if self.eager else ratio,
+                "notes": list(self.operator.notes),
             },
             "gaps": self.gaps,
             "summary": summary(self.rows),
@@ -250,7 +230,7 @@ class Report:
         def key(at: tuple[int, Row]) -> tuple:
             index, row = at
             best = row.best_peer()
-            ratio = row.ratio(best) if best else None
+            ratio = row.ratio(best)
             if row.status in ("red", "error"):
                 return 0, 0.0, index
             if ratio is not None and ratio < 1:
@@ -263,45 +243,83 @@ class Report:
         """Peers that were timed at least once, in order."""
         return list(dict.fromkeys(n for r in self.rows for n in r.results if n != r.subject and r.median(n)))
 
+    def _columns(self) -> dict[str, Callable[[Row], str | Text]]:
+        """The columns of figures: header -> cell of a timed row. Those for which no row has a figure are left out."""
+
+        def spread(row: Row) -> str:
+            return ("busy, " if row.contended else "") + f"{row.results[row.subject].timing.spread:.0%}"
+
+        def rate(row: Row) -> str:
+            flops = row.case.flops(row.direction)
+            return f"{flops / row.median(row.subject) / 1e12:.3g}" if flops else ""
+
+        def by_device(row: Row) -> Text:
+            return _ratio(row.ratio(row.best_peer(True), True))
+
+        def memory(row: Row) -> str:
+            return _percent(row_json(row, self.gpu)["peak_bytes_to_torch"])
+
+        peers, gpu, eager = self._peers(), self.gpu, self.eager
+        columns: dict[str, Callable[[Row], str | Text]] = {}
+        if gpu:
+            columns["device µs" if eager else "median µs"] = lambda row: f"{row.median(row.subject) * 1e6:.1f}"
+        if eager:
+            columns["eager µs"] = lambda row: f"{row.results[row.subject].seconds * 1e6:.1f}"
+        columns["spread"] = spread
+        columns["of floor"] = lambda row: _percent(row.fraction_of_floor())
+        if gpu:
+            columns["TFLOP/s"] = rate
+        columns["of copy"] = lambda row: _percent(row.fraction(COPY))
+        if gpu:
+            columns["of mover"] = lambda row: _percent(row.fraction(MOVER))
+        columns |= {f"x {peer}": lambda row, peer=peer: _ratio(row.ratio(peer)) for peer in peers}
+        if len(peers) > 1:
+            columns["x best"] = lambda row: _ratio(row.ratio(row.best_peer()))
+        if eager:
+            columns["x best, device"] = by_device
+            columns["of torch's memory"] = memory
+            columns["kernel"] = lambda row: row.results[row.subject].kernel or ""
+        timed = [row for row in self.rows if row.results and row.median(row.subject)]
+        return {name: cell for name, cell in columns.items() if not timed or any(str(cell(row)) for row in timed)}
+
     def table(self) -> Table:
-        env, peers, gpu = self.environment, self._peers(), self.gpu
-        title = f"aeup.interpolate on {env['device']}, torch {env['torch']}"
-        if not gpu:
+        env, columns = self.environment, self._columns()
+        title = f"aeup.{self.operator.name} on {env['device']}, torch {env['torch']}"
+        if not self.gpu:
             title += f", {env['threads']} threads"
-        table = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-        for name in ("shape", "mode", "dtype", "layout", "direction", "backend"):
+        table = _new_table(title)
+        for name in (*self.operator.columns, "direction", "backend"):
             table.add_column(name, no_wrap=True)
-        numbers = ["median µs"] if gpu else []
-        numbers += ["spread", "of copy", *(["of mover"] if gpu else []), *(f"x {p}" for p in peers)]
-        numbers += ["x best"] if len(peers) > 1 else []
-        for name in numbers:
+        for name in columns:
             table.add_column(name, justify="right", no_wrap=True)
         for row in self._ordered():
             if row.status == "missing":
                 continue
-            names = [row.case.shape, row.case.mode, row.case.dtype, row.case.layout, row.direction]
+            names = [*(getattr(row.case, name) for name in self.operator.columns), row.direction]
             own = row.results[row.subject]
             if own.timing is None:
-                table.add_row(*names, Text(own.status, style="bold red"), *[""] * len(numbers))
-                continue
-            best = row.best_peer()
-            ratios = [row.ratio(p) for p in peers] + ([row.ratio(best) if best else None] if len(peers) > 1 else [])
-            cells = [f"{own.timing.median * 1e6:.1f}"] if gpu else []
-            cells += [("busy, " if row.contended else "") + f"{own.timing.spread:.0%}", _percent(row.fraction(COPY))]
-            cells += [_percent(row.fraction(MOVER))] if gpu else []
-            table.add_row(*names, own.backend or "", *cells, *map(_ratio, ratios))
+                table.add_row(*names, Text(own.status, style="bold red"), *[""] * len(columns))
+            else:
+                table.add_row(*names, own.backend or "", *(cell(row) for cell in columns.values()))
         return table
 
     def means_table(self) -> Table:
-        table = Table(
-            title="geometric means", title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
-        )
-        table.add_column("mode")
-        for name in ["rows", "x torch", "x best", "of copy", *(["of mover"] if self.gpu else [])]:
+        columns = {"x torch": "ratio_to_torch", "x best": "ratio_to_best"}
+        if self.eager:
+            columns |= {"worst x best": "smallest_ratio_to_best", "x best, device": "device_ratio_to_best"}
+        fractions = {"of copy": "fraction_of_copy", "of mover": "fraction_of_mover", "of floor": "fraction_of_floor"}
+        means = summary(self.rows)["geometric_mean"]
+        fractions = {header: key for header, key in fractions.items() if means["overall"][key] is not None}
+        table = _new_table("geometric means")
+        table.add_column(self.operator.group)
+        for name in ("rows", *columns, *fractions):
             table.add_column(name, justify="right")
-        for mode, m in sorted(summary(self.rows)["geometric_mean"].items(), key=lambda item: item[0] == "overall"):
-            cells = [_percent(m["fraction_of_copy"]), *([_percent(m["fraction_of_mover"])] if self.gpu else [])]
-            table.add_row(mode, str(m["rows"]), _ratio(m["ratio_to_torch"]), _ratio(m["ratio_to_best"]), *cells)
+        for group, m in sorted(means.items(), key=lambda item: item[0] == "overall"):
+            ratios, parts = (
+                [_ratio(m[key]) for key in columns.values()],
+                [_percent(m[key]) for key in fractions.values()],
+            )
+            table.add_row(group, str(m["rows"]), *ratios, *parts)
         return table
 
     def notes(self) -> list[Text]:
@@ -322,6 +340,9 @@ class Report:
         digest = summary(self.rows)
         if smallest := digest["smallest_ratio_to_torch"]:
             lines.append(Text(f"smallest ratio to torch: {smallest['ratio']:.2f} ({smallest['id']})"))
+        lines += [Text(note) for note in self.operator.notes]
+        if self.machine:
+            lines.append(Text(self._floor_note()))
         lines.append(Text(f"losses to the best peer: {digest['losses']}; x NAME: how many times as fast as NAME"))
         if digest["contended"]:
             what = f"busy: other programs took CPUs from {digest['contended']} rows, which are left out of the means"
@@ -333,8 +354,18 @@ class Report:
             lines.append(Text("Ratios of one run on this machine; absolute times on a shared CPU are not comparable."))
         return lines
 
+    def _floor_note(self) -> str:
+        """What the floor is made of."""
+        copy, matrix = self.machine.to_json().values()
+        rates = ", ".join(f"{name} {rate:.0f}" for name, rate in matrix.items())
+        return f"floor: bytes at {copy:.0f} GB/s (copy) or products at {rates} TFLOP/s (matrix product), as measured"
+
     def render(self, console: Console) -> None:
         console.print(Group(self.table(), self.means_table(), *self.notes()))
+
+
+def _new_table(title: str) -> Table:
+    return Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
 
 
 def _more(ids: Sequence[str]) -> str:
