@@ -82,11 +82,18 @@ def check_budget(got, reference, torch_result, floor_ulps=2):
         return (a.double() - reference).abs()
 
     budget = 2 * error(torch_result) if torch_result is not None else torch.zeros_like(reference)
-    edge = torch.zeros(reference.shape[-2:], dtype=torch.bool)
+    edge = torch.zeros(reference.shape[-2:], dtype=torch.bool, device=reference.device)
     edge[[0, -1], :] = True
     edge[:, [0, -1]] = True
-    for where in (torch.ones_like(edge), edge):
-        assert error(got)[..., where].max() <= budget[..., where].max() + floor
+    for name, where in (("everywhere", torch.ones_like(edge)), ("on the border", edge)):
+        errors, allowed = error(got)[..., where], budget[..., where].max().item() + floor
+        if not errors.max() <= allowed:
+            at = torch.unravel_index((error(got) * where).argmax(), got.shape)
+            at = tuple(int(i) for i in at)
+            raise AssertionError(
+                f"error {errors.max().item():.3g}, allowed {allowed:.3g}, {name}; {int((errors > allowed).sum())} of "
+                f"{errors.numel()} elements; worst at {at} of {tuple(got.shape)}: {got[at]}, not {reference[at]}"
+            )
 
 
 def reference_of(case, x):

@@ -124,9 +124,9 @@ def taps_forward(
         ring = ring + (filter_row(x, row, offsets, weights, mask, K, ACC),)
     for o in tl.range(o0, tl.minimum(o0 + R, oh)):
         i, vertical = source(o, scale_h, ih, K, ALIGN, EXACT, S)
-        fresh = tl.minimum(i - top, K)  # a jump over more than K rows leaves none of the old ones
-        for at in tl.range(i + (K - fresh), i + K):
-            row = (outer * ih + clamp(at, ih)) * pitch
+        top = tl.maximum(top, i - K)  # a jump over more than K rows leaves none of the old ones
+        while top < i:  # not a range: Triton 3.6 loses a carried value that only bounds an inner `for`
+            row = (outer * ih + clamp(top + K, ih)) * pitch
             last = (filter_row(x, row, offsets, weights, mask, K, ACC),)
             if K == 1:
                 ring = last
@@ -134,7 +134,7 @@ def taps_forward(
                 ring = (ring[1],) + last
             else:
                 ring = (ring[1], ring[2], ring[3]) + last
-        top = i
+            top += 1
         value = ring[0]
         if K > 1:
             value = ring[0] * vertical[0]
@@ -219,24 +219,24 @@ def taps_backward(
     for o in tl.range(o0, o1 + 1):
         i, vertical = source(o, scale_h, ih, K, ALIGN, EXACT, S)
         i = tl.where(o < o1, i, i1)  # after the last row: write what is left
-        for row in tl.range(here, i):
+        while here < i:  # not a range, as above
             value = acc[0]
             if K > 1:
                 total = acc[0]
                 for k in tl.static_range(1, K):
                     total += acc[k]
-                value = tl.where(row == ih - 1, total, value)  # taps past the last row were clamped onto it
-            offset = ((outer * ih + row) * (groups * V) + (e // cg) * (cg * V))[:, None] + channel
-            write = mask & (row >= i0) & (row < i1)
+                value = tl.where(here == ih - 1, total, value)  # taps past the last row were clamped onto it
+            offset = ((outer * ih + here) * (groups * V) + (e // cg) * (cg * V))[:, None] + channel
+            write = mask & (here >= i0) & (here < i1)
             tl.store(y + offset, value.to(y.dtype.element_ty), mask=write[:, None])
             shifted = ()
             for k in tl.static_range(1, K):
                 if k == 1:
-                    shifted = shifted + (tl.where(row < 0, acc[1] + acc[0], acc[1]),)  # likewise before the first
+                    shifted = shifted + (tl.where(here < 0, acc[1] + acc[0], acc[1]),)  # likewise before the first
                 else:
                     shifted = shifted + (acc[k],)
             acc = shifted + (tl.zeros_like(acc[0]),)
-        here = i
+            here += 1
         live = mask & (o < o1)
         base = (outer * oh + o) * ow
         sum = tl.zeros((BW, V), ACC)
