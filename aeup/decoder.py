@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from aeup.nn import Upsample
+from aeup.nn import ConvTranspose2d, Upsample
 
 UPSAMPLE = ("nearest", "bilinear", "bicubic", "conv_transpose")
 NORM = ("batch", "group", None)
@@ -78,10 +78,9 @@ class Decoder(nn.Module):
     exactly that size: 28 with two stages goes 7 -> 14 -> 28, and 30 goes 8 -> 15 -> 30.
 
     ``upsample="nearest" | "bilinear" | "bicubic"`` is the resize-convolution of Odena et al.
-    (distill.pub/2016/deconv-checkerboard): ``aeup.Upsample``, then ``torch.nn.Conv2d``. ``"conv_transpose"`` is a
-    strided transposed convolution with the even kernel ``kernel_size + 1``, so that every output pixel is reached by
-    equally many taps. For now it is ``torch.nn.ConvTranspose2d``; ``aeup.ConvTranspose2d`` will take its place, and a
-    fused kernel the place of upsample-then-convolve.
+    (distill.pub/2016/deconv-checkerboard): ``aeup.Upsample``, then ``torch.nn.Conv2d``; a fused kernel will take the
+    place of the pair. ``"conv_transpose"`` is ``aeup.ConvTranspose2d`` with stride 2 and the even kernel
+    ``kernel_size + 1``, so that every output pixel is reached by equally many taps.
 
     Args:
         channels: widths from the start map to the last hidden map, at least two.
@@ -171,7 +170,7 @@ class Decoder(nn.Module):
         # An odd target 2i - 1 is the map to 2i without its first row: padding one larger, output_padding 1.
         odd = (0, 0) if target is None else (target[0] % 2, target[1] % 2)
         padding = (k // 2 + odd[0], k // 2 + odd[1])
-        return [nn.ConvTranspose2d(c_in, c_out, k + 1, stride=2, padding=padding, output_padding=odd, bias=bias)]
+        return [ConvTranspose2d(c_in, c_out, k + 1, stride=2, padding=padding, output_padding=odd, bias=bias)]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.latent_dim is not None:

@@ -6,12 +6,17 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_unary
+from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
 from aeup.backends import note_torch
+from aeup.ops import conv_transpose2d as _conv
+from aeup.ops.conv_kernels import ACTIVATIONS, activate
+from aeup.ops.conv_shapes import Geometry, geometry, int_pair
 from aeup.ops.interpolate import MODES, Map, resample
 
-__all__ = ["interpolate"]
+__all__ = ["conv_transpose2d", "interpolate"]
+
+Activation = str | tuple[str, float] | None
 
 
 def interpolate(
@@ -148,3 +153,145 @@ def _as_ints(oh, ow):
                 f"size with types {[type(oh), type(ow)]}"
             )
     return oh.__index__(), ow.__index__()
+
+
+def conv_transpose2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    output_padding: int | tuple[int, int] = 0,
+    groups: int = 1,
+    dilation: int | tuple[int, int] = 1,
+    *,
+    activation: Activation = None,
+) -> Tensor:
+    """Transposed convolution: :func:`torch.nn.functional.conv_transpose2d` on aeup's kernels, then an activation.
+
+    Signature, defaults, output shape, strides and errors are torch's, autocast too (it runs in autocast's dtype).
+    float64, float32, float16 and bfloat16, NCHW and channels-last. float32 is multiplied in tf32 on a GPU where
+    ``torch.backends.cudnn.conv.fp32_precision`` (or the older ``allow_tf32``) lets torch do so. Gradients of any order;
+    same bits on every run of aeup's own kernels. Other dtypes go to torch; :func:`aeup.explain` says so.
+
+    Args:
+        input: [N, C_in, H, W] (N may be 0) or [C_in, H, W].
+        weight: [C_in, C_out / groups, kH, kW].
+        bias: [C_out].
+        stride, padding, dilation: an int, or a pair for (H, W).
+        output_padding: rows and columns more at the bottom and right; less than stride or dilation.
+        groups: divides C_in; each group of input channels makes its own C_out / groups outputs.
+        activation: "relu", "leaky_relu" (slope 0.01; ("leaky_relu", 0.2) for another), "silu", "gelu" (exact), "tanh",
+            "sigmoid" or None: applied with the bias, as the result is written.
+
+    Returns:
+        [N, C_out, oh, ow], or without N; oh = (H - 1) * stride - 2 * padding + dilation * (kH - 1) + output_padding + 1
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices that do not go together, or arguments out of range.
+        TypeError: an argument that is not made of ints.
+        ValueError: an unknown `activation`, or a negative slope.
+
+    Source: Dumoulin & Visin, 2016, "A guide to convolution arithmetic for deep learning", arXiv 1603.07285.
+    """
+    if has_torch_function_variadic(input, weight, bias):
+        return handle_torch_function(
+            conv_transpose2d, (input, weight, bias), input, weight, bias, stride, padding, output_padding, groups,
+            dilation, activation=activation,
+        )  # fmt: skip
+    name, slope = (
+        (activation, 0.01) if activation is None or activation in ACTIVATIONS else parse_activation(activation)
+    )
+    if not (isinstance(input, Tensor) and isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))):
+        return F.conv_transpose2d(input, weight, bias)  # raises
+    x, w, b, device = input, weight, bias, input.device
+    if torch._C._is_any_autocast_enabled() and _autocast_runs(device.type):
+        x, w, b = _conv.autocast_to(device.type, x, w, b)
+    dtype, g = x.dtype, None
+    if (
+        dtype in _FLOATS
+        and w.dtype is dtype
+        and w.device == device
+        and x.layout is w.layout is torch.strided
+        and (b is None or (b.dtype is dtype and b.device == device and b.dim() == 1))
+    ):
+        g = _geometry(x.shape, w.shape, stride, padding, output_padding, dilation, groups)
+    if g is None or (b is not None and b.shape[0] != g.co):
+        arguments = {"stride": stride, "padding": padding, "output_padding": output_padding, "dilation": dilation}
+        return _conv_by_torch(input, weight, bias, {**arguments, "groups": groups}, name, slope)
+    if x.dim() == 3:
+        return _conv.conv_transpose2d(x.unsqueeze(0), w, b, g, name, slope).squeeze(0)
+    return _conv.conv_transpose2d(x, w, b, g, name, slope)
+
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _autocast_runs(device: str) -> bool:
+    return device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
+
+
+def _plain(value) -> bool:
+    """An int or a pair of ints, by exact type: (2.0, 2) equals (2, 2) as a key, but is an error."""
+    if type(value) is tuple:
+        return len(value) == 2 and type(value[0]) is type(value[1]) is int
+    return type(value) is int
+
+
+def _geometry(x_shape, w_shape, stride, padding, output_padding, dilation, groups) -> Geometry | None:
+    if (
+        _plain(stride)
+        and _plain(padding)
+        and _plain(output_padding)
+        and _plain(dilation)
+        and type(groups) is int
+        and not torch.compiler.is_compiling()
+    ):
+        try:
+            return _cached_geometry(x_shape, w_shape, stride, padding, output_padding, dilation, groups)
+        except TypeError:  # no hash: a symbolic size
+            pass
+    return _make_geometry(x_shape, w_shape, stride, padding, output_padding, dilation, groups)
+
+
+@lru_cache(1024)
+def _cached_geometry(*arguments) -> Geometry | None:
+    return _make_geometry(*arguments)
+
+
+def _make_geometry(x_shape, w_shape, *arguments) -> Geometry | None:
+    groups = int_pair(arguments[4])
+    pairs = [int_pair(a) for a in arguments[:4]]
+    if None in pairs or groups is None or isinstance(arguments[4], (list, tuple)):
+        return None
+    (sh, sw), (ph, pw), (oph, opw), (dh, dw) = pairs
+    if len(x_shape) == 3:
+        x_shape = (1, *x_shape)
+    return geometry(x_shape, w_shape, sh, sw, ph, pw, oph, opw, groups[0], dh, dw)
+
+
+def parse_activation(activation: Activation) -> tuple[str, float]:
+    """An activation's name and slope. Raises ValueError."""
+    name, slope = (activation, 0.01) if isinstance(activation, str) else (None, None)
+    if isinstance(activation, tuple) and len(activation) == 2 and activation[0] == "leaky_relu":
+        name, slope = activation
+    if name not in ACTIVATIONS or isinstance(slope, bool) or not isinstance(slope, (int, float)):
+        raise ValueError(
+            f'activation must be None, {", ".join(map(repr, ACTIVATIONS))} or ("leaky_relu", slope); got {activation!r}'
+        )
+    if not 0 <= slope < math.inf:
+        raise ValueError(f"the slope of leaky_relu must be finite and at least 0, got {slope}")
+    return name, float(slope)
+
+
+def _conv_by_torch(input, weight, bias, arguments: dict, activation: str | None, slope: float) -> Tensor:
+    """What is not served: torch raises its error, or computes (integers, complex numbers, no output pixels)."""
+    if input.dim() in (3, 4) and weight.dim() != 4:
+        raise RuntimeError(
+            "Expected 4D weight [in_channels, out_channels / groups, kH, kW] for conv_transpose2d, but got weight of "
+            f"size: {list(weight.shape)}"
+        )
+    y = F.conv_transpose2d(input, weight, bias, **arguments)
+    reason = "serves dense float64, float32, float16 or bfloat16 tensors of one dtype and device, with output pixels"
+    note_torch("aeup.conv_transpose2d", f"{list(input.shape)}, {input.dtype}", reason)
+    return activate(y, activation, slope)

@@ -2,9 +2,9 @@
 
 from torch import Tensor, nn
 
-from aeup.functional import interpolate
+from aeup.functional import Activation, conv_transpose2d, interpolate, parse_activation
 
-__all__ = ["Upsample", "UpsamplingBilinear2d", "UpsamplingNearest2d"]
+__all__ = ["ConvTranspose2d", "Upsample", "UpsamplingBilinear2d", "UpsamplingNearest2d"]
 
 
 class Upsample(nn.Upsample):
@@ -31,3 +31,40 @@ class UpsamplingBilinear2d(Upsample):
 
     def __init__(self, size=None, scale_factor=None) -> None:
         super().__init__(size, scale_factor, mode="bilinear", align_corners=True)
+
+
+class ConvTranspose2d(nn.ConvTranspose2d):
+    """:class:`torch.nn.ConvTranspose2d` by :func:`aeup.conv_transpose2d`: the same constructor, ``state_dict``, results
+    and errors, and keyword-only `activation`, applied with the bias: "relu", "leaky_relu" (or ("leaky_relu", slope)),
+    "silu", "gelu", "tanh", "sigmoid" or None.
+
+    Shapes: [N, in_channels, H, W] -> [N, out_channels, oh, ow], or both without N. ``forward(input, output_size=None)``
+    takes the output's size (H, W) where the stride leaves more than one.
+
+    Raises:
+        ValueError: an unknown `activation`, a `padding_mode` other than "zeros", an `output_size` out of range.
+    """
+
+    activation: Activation = None
+
+    def __init__(self, *args, activation: Activation = None, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        if activation is not None:
+            parse_activation(activation)
+        self.activation = activation
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        if self.padding_mode != "zeros":
+            raise ValueError("Only `zeros` padding mode is supported for ConvTranspose2d")
+        output_padding = self.output_padding
+        if output_size is not None:
+            output_padding = self._output_padding(
+                input, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation
+            )
+        return conv_transpose2d(
+            input, self.weight, self.bias, self.stride, self.padding, output_padding, self.groups, self.dilation,
+            activation=self.activation,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (f", activation={self.activation!r}" if self.activation else "")

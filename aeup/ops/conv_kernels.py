@@ -1,0 +1,383 @@
+"""The backends of the transposed convolution: for each of its maps the kernels, why not, and torch's own operators.
+
+The arguments of the maps' kernels: Y (x, w, bias, geometry, activation, slope), X (grad, w, geometry),
+W (grad, x, geometry, w or None: the tensor whose layout the result shall have). The epilogue's: (grad, output,
+activation, slope, bias).
+"""
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from aeup import _native
+from aeup.backends import Kernel, Op
+from aeup.ops.conv_shapes import Geometry, W, X, Y
+
+ACTIVATIONS = ("relu", "leaky_relu", "silu", "gelu", "tanh", "sigmoid")
+_NUMBER = {None: 0, **{name: i for i, name in enumerate(ACTIVATIONS, 1)}}
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_aten = torch.ops.aten
+_LAST = torch.channels_last
+
+
+# --- torch ---
+
+
+def activate(y: Tensor, activation: str | None, slope: float, inplace: bool = False) -> Tensor:
+    """The activation by torch; `inplace`: of a result that nothing else holds."""
+    if activation == "relu":
+        return y.relu_() if inplace else y.relu()
+    if activation == "leaky_relu":
+        return F.leaky_relu(y, slope, inplace)
+    if activation == "silu":
+        return F.silu(y)
+    if activation == "gelu":
+        return F.gelu(y)
+    if activation == "tanh":
+        return y.tanh_() if inplace else y.tanh()
+    if activation == "sigmoid":
+        return y.sigmoid_() if inplace else y.sigmoid()
+    return y
+
+
+def activation_gradient(grad: Tensor, y: Tensor, activation: str | None, slope: float) -> Tensor:
+    """The gradient before the activation, differentiable. `y`: its output, or for silu and gelu its input."""
+    if activation == "relu":
+        return _aten.threshold_backward(grad, y, 0)
+    if activation == "leaky_relu":
+        return _aten.leaky_relu_backward(grad, y, slope, True)
+    if activation == "silu":
+        s = y.sigmoid()  # aten's own gradient has none
+        return grad * s * (1 + y * (1 - s))
+    if activation == "gelu":
+        return _aten.gelu_backward(grad, y)
+    if activation == "tanh":
+        return _aten.tanh_backward(grad, y)
+    if activation == "sigmoid":
+        return _aten.sigmoid_backward(grad, y)
+    return grad
+
+
+def _torch_y(x, w, bias, g: Geometry, activation, slope) -> Tensor:
+    y = F.conv_transpose2d(x, w, bias, g.stride, g.padding, g.output_padding, g.groups, g.dilation)
+    return activate(y, activation, slope, inplace=True) if activation else y
+
+
+def convolution_backward(grad, x, w, g: Geometry, needs) -> tuple:
+    """torch's gradients of x, w and bias. Of an x or w that is not asked for, only shape and layout are read."""
+    return _aten.convolution_backward.default(
+        grad, x, w, [g.co] if needs[2] else None, g.stride, g.padding, g.dilation, True, g.output_padding, g.groups,
+        needs,
+    )  # fmt: skip
+
+
+def _torch_x(grad, w, g: Geometry) -> Tensor:
+    x = F.conv2d(grad, w, None, g.stride, g.padding, g.dilation, g.groups)
+    if x.shape[2:] == (g.ih, g.iw):
+        return x
+    return x[:, :, : g.ih, : g.iw].clone()  # output_padding reaches the stride: outputs that x does not have
+
+
+def _torch_w(grad, x, g: Geometry, w) -> Tensor:
+    w = grad.new_empty((g.ci, g.co // g.groups, g.kh, g.kw)) if w is None else w
+    return convolution_backward(grad, x, w, g, [False, True, False])[1]
+
+
+def _torch_epilogue(grad, output, activation, slope, bias):
+    before = activation_gradient(grad, output, activation, slope)
+    return before, before.sum((0, 2, 3)) if bias else grad.new_empty(0)
+
+
+# --- cpu: compositions of torch's operators that are faster than its own kernel for the call ---
+# Measured with oneDNN 3.12 on AVX-512 with bf16: ratios of medians, 2 threads, both layouts.
+
+
+@lru_cache(None)
+def _half_is_slow() -> bool:
+    """Without half arithmetic in oneDNN torch takes its plain loops: 1.3 to 58 times slower than by float32."""
+    return not torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
+def _by_float32(a: Tensor, g: Geometry) -> bool:
+    if a.shape[0] * g.ci * g.ih * g.iw * (g.co // g.groups) * g.kh * g.kw < 1 << 18:
+        return False  # so few products that converting costs more
+    if a.dtype is torch.float16:
+        return _half_is_slow()
+    return a.dtype is torch.bfloat16 and 1 < g.groups == g.ci == g.co and g.sh * g.sw > 1  # strided depthwise
+
+
+def _bias_after(x: Tensor, w: Tensor, g: Geometry) -> bool:
+    """oneDNN's deconvolution takes its reference kernel for these with a bias, a fast one without."""
+    if x.dtype is torch.float64:
+        return False
+    if g.sh * g.sw == 1:
+        if x.is_contiguous() and w.is_contiguous():
+            return True
+    elif g.dh * g.dw > 1:
+        return True
+    if g.groups == 1:
+        return False
+    each, out = g.ci // g.groups, g.co // g.groups
+    if x.dtype is torch.bfloat16:
+        return each == out == 1 or (each in (4, 8, 16) and out in (4, 8, 16))
+    return each == out and each in (1, 8)
+
+
+def _merges(x: Tensor, g: Geometry) -> bool:
+    """Few output channels: one convolution that makes all phases of an output position fills the vectors."""
+    return (
+        g.co <= 4
+        and g.groups == 1
+        and g.dh * g.dw == 1
+        and min(g.sh, g.sw) > 1
+        and min(g.kh, g.kw) >= 4
+        and g.kh % g.sh == g.kw % g.sw == 0
+        and g.output_padding[0] <= g.ph
+        and g.output_padding[1] <= g.pw
+        and x.dtype is not torch.float64
+        and x.numel() >= 1 << 17
+    )
+
+
+def _cpu_way(x, w, bias, g: Geometry) -> str | None:
+    if x.dtype is not torch.float32 and _by_float32(x, g):
+        return "through float32"
+    if g.co <= 4 and _merges(x, g):
+        return "merged phases"
+    return "bias after" if bias is not None and _bias_after(x, w, g) else None
+
+
+def _cpu_y(x, w, bias, g: Geometry, activation, slope) -> Tensor:
+    way = _cpu_way(x, w, bias, g)
+    if way == "through float32":
+        y = _add_bias(x.float(), w.float(), None if bias is None else bias.float(), g)
+        return activate(y, activation, slope, inplace=True).to(x.dtype)
+    y = _merged(x, w, bias, g) if way == "merged phases" else _add_bias(x, w, bias, g)
+    return activate(y, activation, slope, inplace=True)
+
+
+def _add_bias(x, w, bias, g: Geometry) -> Tensor:
+    if bias is None or not _bias_after(x, w, g):
+        return _torch_y(x, w, bias, g, None, 0.0)
+    return _torch_y(x, w, None, g, None, 0.0).add_(bias.view(-1, 1, 1))
+
+
+def _merged(x, w, bias, g: Geometry) -> Tensor:
+    """One convolution of stride 1 with sh * sw * co outputs, whose kernel holds each phase's taps, then the phases
+    interleaved: the outputs without padding, of which [ph, ph + oh) x [pw, pw + ow) are kept."""
+    rows, columns = g.kh // g.sh, g.kw // g.sw
+    taps = w.reshape(g.ci, g.co, rows, g.sh, columns, g.sw).flip(2, 4)
+    pad = (rows - 1, columns - 1)
+    if x.is_contiguous():
+        taps = taps.permute(1, 3, 5, 0, 2, 4).reshape(-1, g.ci, rows, columns)
+        bias = None if bias is None else bias.repeat_interleave(g.sh * g.sw)
+        y = F.conv2d(x, taps, bias, 1, pad)
+        n, _, h, v = y.shape
+        y = y.view(n, g.co, g.sh, g.sw, h, v).permute(0, 1, 4, 2, 5, 3).reshape(n, g.co, h * g.sh, v * g.sw)
+        y = y[:, :, g.ph : g.ph + g.oh, g.pw : g.pw + g.ow]
+        return y.contiguous()
+    taps = taps.permute(3, 5, 1, 0, 2, 4).reshape(-1, g.ci, rows, columns)
+    bias = None if bias is None else bias.repeat(g.sh * g.sw)
+    y = F.conv2d(x.contiguous(memory_format=_LAST), taps, bias, 1, pad)
+    n, _, h, v = y.shape
+    y = y.permute(0, 2, 3, 1).view(n, h, v, g.sh, g.sw, g.co).transpose(2, 3).reshape(n, h * g.sh, v * g.sw, g.co)
+    y = y[:, g.ph : g.ph + g.oh, g.pw : g.pw + g.ow].permute(0, 3, 1, 2)
+    return y.contiguous(memory_format=_LAST)
+
+
+def _cpu_refusal(t: Tensor, way: str | None) -> str | None:
+    if not t.is_cpu:
+        return f"the tensor is on {t.device}"
+    return None if way else "torch's own kernel is the fastest composition for this call"
+
+
+def _cpu_refuses_y(x, w, bias, g, activation, slope) -> str | None:
+    return _cpu_refusal(x, _cpu_way(x, w, bias, g) if x.is_cpu else None)
+
+
+def _cpu_refuses_gradient(grad, other, g, w=None) -> str | None:
+    return _cpu_refusal(grad, grad.is_cpu and _by_float32(grad, g) and "through float32")
+
+
+def _cpu_x(grad, w, g: Geometry) -> Tensor:
+    return _torch_x(grad.float(), w.float(), g).to(grad.dtype)
+
+
+def _cpu_w(grad, x, g: Geometry, w) -> Tensor:
+    return _torch_w(grad.float(), x.float(), g, None).to(grad.dtype)
+
+
+# --- cuda: the compiled extension ---
+
+
+@lru_cache(None)
+def _raw(name: str):
+    """A compiled operator, or the reason why there is none."""
+    if _native.missing:
+        return _native.missing
+    if not _native.cuda:
+        return "the extension was built without CUDA"
+    if not hasattr(torch.ops.aeup_native, name):
+        return "the extension has no transposed convolution"
+    return getattr(torch.ops.aeup_native, name).default
+
+
+def _call(name: str, *args):
+    try:
+        return _raw(name)(*args)
+    except RuntimeError as error:  # the stable ABI loses the type
+        if "out of memory" in str(error):
+            raise torch.OutOfMemoryError(str(error)) from error
+        raise
+
+
+def _tf32(t: Tensor) -> bool:
+    """Whether torch would let cuDNN multiply in tf32: conv.fp32_precision, which the older allow_tf32 also sets."""
+    return t.dtype is torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
+
+
+def _forward_args(g: Geometry) -> tuple:
+    return (*g.stride, *g.padding, *g.output_padding, g.groups, *g.dilation)
+
+
+def _cuda_y(x, w, bias, g: Geometry, activation, slope) -> Tensor:
+    return _call("conv_transpose2d", x, w, bias, *_forward_args(g), _NUMBER[activation], slope, _tf32(x), "")
+
+
+def _cuda_x(grad, w, g: Geometry) -> Tensor:
+    args = (g.ih, g.iw, g.sh, g.sw, g.ph, g.pw, g.groups, g.dh, g.dw, _tf32(grad), "")
+    return _call("conv_transpose2d_input_gradient", grad, w, *args)
+
+
+def _cuda_w(grad, x, g: Geometry, w) -> Tensor:
+    if w is None:
+        last = any(t.is_contiguous(memory_format=_LAST) and not t.is_contiguous() for t in (grad, x))
+        layout = _LAST if last else torch.contiguous_format
+        shape = (g.ci, g.co // g.groups, g.kh, g.kw)
+        w = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=layout)
+    args = (g.sh, g.sw, g.ph, g.pw, g.groups, g.dh, g.dw, _tf32(grad), "")
+    return _call("conv_transpose2d_weight_gradient", grad, x, w, *args)
+
+
+def _cuda_epilogue(grad, output, activation, slope, bias):
+    return _call("conv_epilogue_gradient", grad, output, _NUMBER[activation], slope, bias)
+
+
+def _cuda_refusal(t: Tensor, name: str, g: Geometry | None = None) -> str | None:
+    if not t.is_cuda:
+        return f"the tensor is on {t.device}"
+    if isinstance(_raw(name), str):
+        return _raw(name)
+    if t.dtype not in _FLOATS:
+        return f"dtype {t.dtype} is not one of float32, float64, float16, bfloat16"
+    return "a size is 2^30 or more" if g is not None and max(g[:15]) >= 2**30 else None
+
+
+def _label(kind: int):
+    def label(device, a, b, *rest) -> str:
+        g = next(r for r in rest if isinstance(r, Geometry))
+        n, layout = a.shape[0], torch.contiguous_format
+        if kind != Y and a.is_contiguous(memory_format=_LAST) and not a.is_contiguous():
+            layout = _LAST
+        x = torch.empty((n, g.ci, g.ih, g.iw), dtype=a.dtype, device="meta", memory_format=layout)
+        w = torch.empty((g.ci, g.co // g.groups, g.kh, g.kw), dtype=a.dtype, device="meta", memory_format=layout)
+        x, w = {Y: (a, b), X: (x, b), W: (b, w)}[kind]
+        capability = torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (0, 0)
+        number = {Y: 0, X: 1, W: 2}[kind]
+        return torch.ops.aeup_native.conv_transpose2d_kernel.default(
+            x, w, *_forward_args(g), number, _tf32(a), *capability
+        )
+
+    return label
+
+
+# --- triton ---
+
+
+@lru_cache(None)
+def _triton():
+    """The Triton kernels, or the reason why there are none."""
+    try:
+        from aeup import kernels
+    except ImportError as error:
+        return f"aeup.kernels cannot be imported: {error}"
+    return kernels if hasattr(kernels, "refuses_convolution") else "aeup.kernels has no transposed convolution"
+
+
+def _triton_kernel(name: str, arguments) -> Kernel:
+    """`arguments` turns a kernel's arguments into those of the public op."""
+
+    def refuses(*args):
+        module = _triton()
+        return module if isinstance(module, str) else module.refuses_convolution(name, *arguments(*args))
+
+    def run(*args):
+        tf32 = {} if name == "conv_epilogue_gradient" else {"tf32": _tf32(args[0])}
+        return getattr(_triton(), name)(*arguments(*args), **tf32)
+
+    return Kernel(run, refuses)
+
+
+def _public_y(x, w, bias, g, activation, slope):
+    return x, w, bias, g.stride, g.padding, g.output_padding, g.groups, g.dilation, activation, slope
+
+
+def _public_x(grad, w, g):
+    return grad, w, (g.ih, g.iw), g.stride, g.padding, g.groups, g.dilation
+
+
+def _public_w(grad, x, g, w=None):
+    return grad, x, (g.kh, g.kw), g.stride, g.padding, g.groups, g.dilation
+
+
+def _public_epilogue(*args):
+    return args
+
+
+# --- the ops ---
+
+
+def _serves(*args) -> None:
+    return None
+
+
+def _map_op(kind: int, name: str, cuda, refuses, cpu, cpu_refuses, reference, public) -> Op:
+    kernels = {
+        "cuda": Kernel(cuda, refuses, _label(kind)),
+        "triton": _triton_kernel(name, public),
+        "cpu": Kernel(cpu, cpu_refuses, lambda device, *args: _cpu_label(kind, *args)),
+        "torch": Kernel(reference, _serves),
+    }
+    return Op(f"aeup.{name}", kernels)
+
+
+def _cpu_label(kind: int, a: Tensor, b: Tensor, *rest) -> str:
+    return "through float32" if kind != Y else _cpu_way(a, b, *rest[:2])
+
+
+_NAMES = {Y: "conv_transpose2d", X: "conv_transpose2d_input_gradient", W: "conv_transpose2d_weight_gradient"}
+MAPS = {
+    Y: _map_op(
+        Y, _NAMES[Y], _cuda_y, lambda x, w, bias, g, *_: _cuda_refusal(x, _NAMES[Y], g), _cpu_y, _cpu_refuses_y,
+        _torch_y, _public_y,
+    ),
+    X: _map_op(
+        X, _NAMES[X], _cuda_x, lambda a, b, g: _cuda_refusal(a, _NAMES[X], g), _cpu_x, _cpu_refuses_gradient,
+        _torch_x, _public_x,
+    ),
+    W: _map_op(
+        W, _NAMES[W], _cuda_w, lambda a, b, g, w: _cuda_refusal(a, _NAMES[W], g), _cpu_w, _cpu_refuses_gradient,
+        _torch_w, _public_w,
+    ),
+}  # fmt: skip
+EPILOGUE = Op(
+    "aeup.conv_epilogue_gradient",
+    {
+        "cuda": Kernel(_cuda_epilogue, lambda grad, *_: _cuda_refusal(grad, "conv_epilogue_gradient")),
+        "triton": _triton_kernel("conv_epilogue_gradient", _public_epilogue),
+        "cpu": Kernel(_torch_epilogue, lambda grad, *_: _cpu_refusal(grad, None)),
+        "torch": Kernel(_torch_epilogue, _serves),
+    },
+)
