@@ -1,5 +1,20 @@
 """Triton kernels. Importing this package imports neither Triton nor touches a GPU; the first call does."""
 
+from .convolution import (
+    conv_epilogue_gradient,
+    conv_transpose2d,
+    conv_transpose2d_input_gradient,
+    conv_transpose2d_weight_gradient,
+    refuses_convolution,
+)
 from .interpolate import interpolate, refuses
 
-__all__ = ["interpolate", "refuses"]
+__all__ = [
+    "conv_epilogue_gradient",
+    "conv_transpose2d",
+    "conv_transpose2d_input_gradient",
+    "conv_transpose2d_weight_gradient",
+    "interpolate",
+    "refuses",
+    "refuses_convolution",
+]

@@ -1,0 +1,393 @@
+"""The Triton kernels of the transposed convolution against torch in float64: on a GPU for real, elsewhere in Triton's
+interpreter, in a process of its own (as in test_triton_interpolate.py)."""
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import LAYOUTS, check_budget
+
+pytest.importorskip("triton")
+pytestmark = [  # the interpreter's own, on conversions and on infinities
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:triton"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
+]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+HERE = INTERPRETED or torch.cuda.is_available()
+DEVICE = "cpu" if INTERPRETED else "cuda"
+
+host = importlib.import_module("aeup.kernels.convolution")
+plans = importlib.import_module("aeup.kernels.convolution_plans")
+
+if INTERPRETED:
+    # The interpreter patches triton.language at every call of a jitted function: most of its time, and once will do.
+    import triton.runtime.interpreter as interpreter
+
+    patch, patched = interpreter._patch_lang, {}
+
+    class Kept:
+        def restore(self):
+            pass
+
+    def patch_once(fn):
+        if id(fn.__globals__) not in patched:
+            patched[id(fn.__globals__)] = (fn, patch(fn))
+        return Kept()
+
+    interpreter._patch_lang = patch_once
+
+# (n, ci, co), input size, kernel, stride, padding, output padding, dilation, groups
+GEOMETRIES = {
+    "k4s2": ((2, 6, 5), (5, 7), (4, 4), (2, 2), (1, 1), (0, 0), (1, 1), 1),
+    "k4s2-rgb": ((2, 4, 3), (4, 9), (4, 4), (2, 2), (1, 1), (0, 0), (1, 1), 1),
+    "k4s2-one-channel": ((1, 3, 1), (4, 8), (4, 4), (2, 2), (1, 1), (0, 0), (1, 1), 1),
+    "k3s2-op1": ((1, 4, 6), (6, 5), (3, 3), (2, 2), (1, 1), (1, 1), (1, 1), 1),
+    "k2s2": ((2, 3, 4), (3, 5), (2, 2), (2, 2), (0, 0), (0, 0), (1, 1), 1),
+    "k4-one-pixel": ((3, 10, 4), (1, 1), (4, 4), (1, 1), (0, 0), (0, 0), (1, 1), 1),
+    "k3s1": ((1, 5, 4), (4, 6), (3, 3), (1, 1), (1, 1), (0, 0), (1, 1), 1),
+    "k16s8": ((1, 3, 3), (2, 3), (16, 16), (8, 8), (4, 4), (0, 0), (1, 1), 1),
+    "k6s3": ((1, 3, 2), (3, 4), (6, 6), (3, 3), (1, 2), (1, 2), (1, 1), 1),
+    "axes": ((2, 3, 4), (5, 3), (5, 2), (3, 1), (2, 0), (1, 0), (1, 2), 1),
+    "stride-over-kernel": ((1, 2, 3), (3, 4), (1, 2), (3, 4), (0, 0), (2, 3), (1, 1), 1),
+    "dilated": ((1, 3, 4), (4, 5), (3, 3), (2, 3), (2, 1), (1, 2), (3, 2), 1),
+    "dilated-common-factor": ((1, 2, 3), (3, 4), (3, 2), (4, 6), (1, 2), (3, 5), (2, 4), 1),
+    "groups": ((2, 6, 9), (3, 4), (4, 3), (2, 2), (1, 1), (0, 1), (1, 1), 3),
+    "depthwise": ((1, 4, 4), (4, 3), (4, 4), (2, 2), (1, 1), (0, 0), (1, 1), 4),
+    "padded-away": ((1, 2, 2), (8, 1), (3, 4), (1, 2), (4, 1), (0, 1), (1, 1), 1),
+    "k1": ((2, 3, 4), (3, 2), (1, 1), (1, 1), (0, 0), (0, 0), (1, 1), 1),
+}
+FEW = ("k4s2", "k4s2-rgb", "k3s2-op1", "k4-one-pixel", "dilated", "groups")
+ACTIVATIONS = {
+    None: lambda x, _: x,
+    "relu": lambda x, _: F.relu(x),
+    "leaky_relu": F.leaky_relu,
+    "silu": lambda x, _: F.silu(x),
+    "gelu": lambda x, _: F.gelu(x),
+    "tanh": lambda x, _: torch.tanh(x),
+    "sigmoid": lambda x, _: torch.sigmoid(x),
+}
+HALF = (torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch):
+    """Fresh memory, the results' and the scratch buffers', holds NaN."""
+    real = torch.empty
+
+    def empty(*args, **kwargs):
+        out = real(*args, **kwargs)
+        return out.fill_(torch.nan) if out.dtype.is_floating_point else out
+
+    monkeypatch.setattr(torch, "empty", empty)
+
+
+def random(shape, dtype, layout, seed):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=g, dtype=torch.float64).to(dtype)
+    return x.contiguous(memory_format=LAYOUTS[layout]) if x.ndim == 4 else x
+
+
+class Case:
+    """Tensors of one geometry, and torch's results in float64 and in the type itself."""
+
+    def __init__(self, geometry, dtype, layout, weight_layout=None):
+        (n, ci, co), size, kernel, *args, groups = GEOMETRIES[geometry]
+        self.stride, self.padding, self.output_padding, self.dilation, self.groups = *args, groups
+        self.size, self.kernel, self.layout, self.dtype = size, kernel, layout, dtype
+        self.x = random((n, ci, *size), dtype, layout, 0)
+        self.w = random((ci, co // groups, *kernel), dtype, weight_layout or layout, 1)
+        self.b = random((co,), dtype, layout, 2) if groups != 3 else None
+        self.reference = self.torch(torch.float64, "relu", 0.0)
+        self.grad = random(self.reference[0].shape, dtype, layout, 3)
+        self.reference += self.gradients(torch.float64)
+        self.own = self.torch(dtype, "relu", 0.0) + self.gradients(dtype)
+
+    def torch(self, dtype, activation, slope):
+        b = None if self.b is None else self.b.to(dtype)
+        args = (self.stride, self.padding, self.output_padding, self.groups, self.dilation)
+        return (ACTIVATIONS[activation](F.conv_transpose2d(self.x.to(dtype), self.w.to(dtype), b, *args), slope),)
+
+    def gradients(self, dtype):
+        x, w = (t.to(dtype, copy=True).requires_grad_() for t in (self.x, self.w))
+        y = F.conv_transpose2d(x, w, None, self.stride, self.padding, self.output_padding, self.groups, self.dilation)
+        return torch.autograd.grad(y, (x, w), self.grad.to(dtype))
+
+    def forward(self, activation="relu", slope=0.01, **kwargs):
+        x, w, b = (None if t is None else t.to(DEVICE) for t in (self.x, self.w, self.b))
+        args = (self.stride, self.padding, self.output_padding, self.groups, self.dilation, activation, slope)
+        return host.conv_transpose2d(x, w, b, *args, **kwargs).cpu()
+
+    def input_gradient(self, **kwargs):
+        args = (self.size, self.stride, self.padding, self.groups, self.dilation)
+        return host.conv_transpose2d_input_gradient(self.grad.to(DEVICE), self.w.to(DEVICE), *args, **kwargs).cpu()
+
+    def weight_gradient(self, **kwargs):
+        args = (self.kernel, self.stride, self.padding, self.groups, self.dilation)
+        return host.conv_transpose2d_weight_gradient(self.grad.to(DEVICE), self.x.to(DEVICE), *args, **kwargs).cpu()
+
+    def check(self, **kwargs):
+        got = self.forward(**kwargs), self.input_gradient(**kwargs), self.weight_gradient(**kwargs)
+        for name, a, reference, own in zip(("y", "dx", "dw"), got, self.reference, self.own, strict=True):
+            assert a.dtype == self.dtype, name
+            if min(*self.x.shape[1:], *self.w.shape[1:]) > 1:  # with a size of 1 the layout is ambiguous
+                assert a.is_contiguous(memory_format=LAYOUTS[self.layout]), name
+            check_budget(a, reference, own, floor_ulps=4)  # the interpreter truncates to bfloat16: 1 ulp
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_float32(geometry, layout):
+    Case(geometry, torch.float32, layout).check()
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, *HALF), ids=str)
+@pytest.mark.parametrize("geometry", FEW)
+def test_dtypes(geometry, dtype):
+    for layout in {torch.float64: ("nchw",), torch.float16: ("nhwc",)}.get(dtype, LAYOUTS):
+        Case(geometry, dtype, layout).check()
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter multiplies in float32")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tf32(layout):
+    """tf32 keeps 10 bits of each factor."""
+    case = Case("k4s2", torch.float32, layout)
+    got = case.forward(tf32=True), case.input_gradient(tf32=True), case.weight_gradient(tf32=True)
+    for a, reference in zip(got, case.reference, strict=True):
+        assert (a - reference).abs().max() <= 4e-3 * reference.abs().max()
+
+
+def test_mixed_layouts():
+    """A contiguous weight with a channels-last input, packed or read in place; and the reverse, which torch makes
+    channels-last as well."""
+    case = Case("k4s2", torch.float32, "nhwc", "nchw")
+    check_budget(case.forward(), case.reference[0], case.own[0], floor_ulps=4)
+    check_budget(case.input_gradient(), case.reference[1], case.own[1], floor_ulps=4)
+    case = Case("k4s2", torch.float32, "nchw", "nhwc")
+    for got, reference, own in zip((case.forward(), case.input_gradient()), case.reference, case.own, strict=False):
+        assert got.is_contiguous(memory_format=torch.channels_last)
+        check_budget(got, reference, own, floor_ulps=4)
+
+
+@pytest.fixture
+def blocks(monkeypatch):
+    """Sets the block sizes of every kernel."""
+
+    def clear():
+        for cached in (host.prepared, plans.gemm_plan, plans.weight_plan, plans.epilogue_plan):
+            cached.cache_clear()
+
+    def use(**config):
+        small = {
+            "m": 16,
+            "n": 16,
+            "k": 16,
+            "warps": 4,
+            "stages": 2,
+            "programs": 8,
+            "least": 1,
+            "elements": 32,
+            "sum": 64,
+        }
+        config = small | config
+        monkeypatch.setattr(plans, "configuration", lambda *_: config)
+        clear()
+
+    yield use
+    clear()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_blocks(blocks, layout):
+    """Several blocks of rows, columns and reduced channels, the last ones part filled; more ranges than are summed at
+    once; the copies that make channels innermost; and every way to put phases side by side."""
+    GEOMETRIES["blocks"] = ((1, 21, 18), (4, 5), (4, 3), (2, 2), (1, 1), (0, 1), (1, 1), 1)
+    case = Case("blocks", torch.float32, layout)
+    for options in (
+        {"transpose": True, "pack": True, "phases": [2, 2], "programs": 1000},
+        {"transpose": False, "pack": False, "phases": [1, 2], "k": 32},
+        {"transpose": False, "phases": [1, 1], "k": 32, "n": 32, "pair": False},
+    ):
+        blocks(**options)
+        case.check()
+    del GEOMETRIES["blocks"]
+
+
+def test_wide_offsets(blocks, monkeypatch):
+    """The 64-bit variants of the kernels compute the same."""
+    cases = [Case("groups", torch.float32, "nhwc"), Case("k4s2", torch.bfloat16, "nchw")]
+    monkeypatch.setattr(plans, "LIMIT32", 300)
+    blocks(m=64, n=64, k=32, programs=2, elements=256)
+    for case in cases:
+        case.check()
+
+
+def test_deterministic(blocks):
+    """More ranges than are summed at once give the same bits each time."""
+    x, grad = random((2, 4, 9, 17), torch.float32, "nhwc", 0), random((2, 3, 18, 34), torch.float32, "nhwc", 1)
+    args = ((4, 4), (2, 2), (1, 1), 1, (1, 1))
+    once = host.conv_transpose2d_weight_gradient(grad.to(DEVICE), x.to(DEVICE), *args)
+    blocks(n=64, programs=100)
+    made = []
+    real = plans._summed
+    plans._summed = lambda total, count, *rest: made.append(count) or real(total, count, *rest)
+    try:
+        ranged = [host.conv_transpose2d_weight_gradient(grad.to(DEVICE), x.to(DEVICE), *args) for _ in range(2)]
+    finally:
+        plans._summed = real
+    assert made == [20]
+    assert torch.equal(*ranged)
+    torch.testing.assert_close(once, ranged[0])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(activation, layout):
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        case = Case("k4s2", dtype, layout)
+        if dtype is torch.float64:
+            case.w *= 1e-3  # near zero too
+        args = (activation, 0.3)
+        reference, own = case.torch(torch.float64, *args)[0], case.torch(dtype, *args)[0]
+        check_budget(case.forward(*args), reference, own, floor_ulps=4)
+
+        # The gradient before the activation, and the bias's, against autograd.
+        z = case.torch(torch.float64, None, 0.0)[0].to(dtype)
+        y = ACTIVATIONS[activation](z, 0.3)
+        saved = None if activation is None else z if activation in ("silu", "gelu") else y
+        given = None if saved is None else saved.to(DEVICE)
+        at = z.double().requires_grad_()
+        want = torch.autograd.grad(ACTIVATIONS[activation](at, 0.3), at, case.grad.double())[0]
+        own_at = z.clone().requires_grad_()
+        own = torch.autograd.grad(ACTIVATIONS[activation](own_at, 0.3), own_at, case.grad)[0]
+        grad = case.grad.to(DEVICE)
+        got, bias = host.conv_epilogue_gradient(grad, given, activation, 0.3, True)
+        assert got.dtype == bias.dtype == dtype and bias.shape == (case.w.shape[1],)
+        assert got is grad or got.is_contiguous(memory_format=LAYOUTS[layout])
+        check_budget(got.cpu(), want, own, floor_ulps=8 if dtype in HALF else 4)  # tanh's y is rounded before 1 - y * y
+        exact = want.sum((0, 2, 3))
+        size = want.abs().sum((0, 2, 3)).max()
+        assert (bias.cpu().double() - exact).abs().max() <= 8 * torch.finfo(dtype).eps * size
+        again, none = host.conv_epilogue_gradient(grad, given, activation, 0.3, False)
+        assert torch.equal(again, got) and none.shape == (0,)
+
+
+def test_nan_and_infinity():
+    """They pass as in torch."""
+    x = torch.zeros(1, 1, 1, 4)
+    x[0, 0, 0] = torch.tensor([torch.nan, torch.inf, -torch.inf, 100.0])
+    w = torch.ones(1, 1, 1, 1)
+    args = (None, (1, 1), (0, 0), (0, 0), 1, (1, 1))
+    for activation, fn in ACTIVATIONS.items():
+        got = host.conv_transpose2d(x.to(DEVICE), w.to(DEVICE), *args, activation, 0.3).cpu()
+        want = fn(x, 0.3)
+        if activation == "gelu":
+            want[0, 0, 0, 1] = torch.inf  # torch's own on a CPU is NaN
+        torch.testing.assert_close(got, want, equal_nan=True, msg=str(activation))
+
+
+def test_views():
+    """Offset, strided and expanded tensors."""
+    case = Case("k4s2", torch.float32, "nchw")
+    want = case.forward(), case.input_gradient(), case.weight_gradient()
+    n, c, h, w = case.x.shape
+    wide = torch.zeros(n, c + 2, h + 1, w + 3)
+    wide[:, 1:-1, :h, 2:-1] = case.x
+    case.x = wide[:, 1:-1, :h, 2:-1]
+    turned = case.w.transpose(2, 3).contiguous().transpose(2, 3)
+    case.w, case.b = turned, torch.stack((case.b, case.b), 1)[:, 0]
+    case.grad = torch.cat((case.grad, case.grad))[n:]
+    for got, expected in zip((case.forward(), case.input_gradient(), case.weight_gradient()), want, strict=True):
+        torch.testing.assert_close(got, expected)
+    ones = torch.ones(()).expand(case.grad.shape)
+    case.grad = ones
+    got = case.weight_gradient()
+    case.grad = ones.contiguous()
+    torch.testing.assert_close(got, case.weight_gradient())
+    assert host.conv_epilogue_gradient(ones.to(DEVICE), None, None, 0.0, True)[1].cpu().eq(ones[:, 0].numel()).all()
+
+
+def test_empty():
+    args = ((2, 2), (1, 1), (0, 0), 1, (1, 1))
+    x, w, b = torch.zeros(0, 3, 4, 5, device=DEVICE), torch.zeros(3, 2, 4, 4, device=DEVICE), torch.zeros(2).to(DEVICE)
+    y = host.conv_transpose2d(x, w, b, *args)
+    assert y.shape == (0, 2, 8, 10)
+    args = ((2, 2), (1, 1), 1, (1, 1))
+    assert host.conv_transpose2d_input_gradient(y, w, (4, 5), *args).shape == x.shape
+    gradient = host.conv_transpose2d_weight_gradient(y, x, (4, 4), *args)
+    assert gradient.shape == w.shape and not gradient.any()
+    got, bias = host.conv_epilogue_gradient(y, y, "relu", 0.0, True)
+    assert got.shape == y.shape and bias.shape == (2,) and not bias.any()
+
+
+def test_refusals():
+    x, w, b = (torch.zeros(s, device=DEVICE) for s in ((1, 4, 3, 3), (4, 2, 4, 4), (2,)))
+    rest = ((2, 2), (1, 1), (0, 0), 1, (1, 1))
+
+    def why(*args, name="conv_transpose2d"):
+        return host.refuses_convolution(name, *args)
+
+    assert why(x, w, b, *rest) is None and why(x, w, None, *rest, "gelu", 0.0) is None
+    assert "meta" in why(x.to("meta"), w, b, *rest)
+    assert "int64" in why(x.long(), w, b, *rest)
+    assert "weight is torch.float64" in why(x, w.double(), b, *rest)
+    assert "bias is torch.float16" in why(x, w, b.half(), *rest)
+    assert "4-D" in why(x[0], w, b, *rest) and "1-D" in why(x, w, w, *rest)
+    assert "elu" in why(x, w, b, *rest, "elu", 0.0)
+    assert "4 channels and weight 3" in why(x, w[:3], b, *rest)
+    assert "bias has 1" in why(x, w, b[:1], *rest)
+    assert "groups 3" in why(x, w, None, (2, 2), (1, 1), (0, 0), 3, (1, 1))
+    assert "stride" in why(x, w, b, (0, 2), *rest[1:])
+    assert "positive" in why(x, w, b, (1, 1), (9, 9), (0, 0), 1, (1, 1))
+    image = torch.empty(1, 4, 1 << 15, 1 << 15, device="meta") if INTERPRETED else None
+    if image is not None:
+        image_like = torch.zeros(()).expand(image.shape)
+        assert "one image of input" in why(image_like, w, b, *rest)
+    grad = torch.zeros(1, 2, 6, 6, device=DEVICE)
+    back = ((2, 2), (1, 1), 1, (1, 1))
+    assert why(grad, w, (3, 3), *back, name="conv_transpose2d_input_gradient") is None
+    assert "channels" in why(x, w, (3, 3), *back, name="conv_transpose2d_input_gradient")
+    assert why(grad, x, (4, 4), *back, name="conv_transpose2d_weight_gradient") is None
+    assert "batch" in why(grad, x[:0], (4, 4), *back, name="conv_transpose2d_weight_gradient")
+    assert "output" in why(grad, None, "relu", 0.0, True, name="conv_epilogue_gradient")
+    with pytest.raises(RuntimeError, match="aeup.kernels.conv_transpose2d: dtype torch.int64"):
+        host.conv_transpose2d(x.long(), w, b, *rest)
+
+
+def test_taps_are_those_of_the_definition():
+    """Phases side by side visit each (output, kernel index) of the definition, and single ones no other."""
+    for kernel in (1, 2, 3, 5, 16):
+        for stride in (1, 2, 3, 4, 8):
+            for padding in (0, 1, 2, 7):
+                for dilation in (1, 2, 3):
+                    axis = plans.Axis(9, 40, kernel, stride, padding, dilation)
+                    pairs = sum(
+                        (a + padding - dilation * k) % stride == 0 for a in range(stride) for k in range(kernel)
+                    )
+                    assert sum(plans.counts(axis, 1)) == pairs
+                    if dilation == 1:
+                        for together in plans._divisors(axis, 8):
+                            visited = together * sum(plans.counts(axis, together))
+                            assert visited >= pairs
+                            assert (visited > pairs) == plans._partial(axis, together)
+
+
+def test_in_the_interpreter():
+    """Runs the tests above with TRITON_INTERPRET=1."""
+    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", Path(__file__).name]
+    run = subprocess.run(command, cwd=Path(__file__).parent, env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert " passed" in run.stdout
+
+
+if HERE:
+    del test_in_the_interpreter
+else:
+    for _name in [n for n in globals() if n.startswith("test_") and n != "test_in_the_interpreter"]:
+        del globals()[_name]
