@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
 TORCH_TARGET = (2, 10)  # the oldest torch that the binary loads into (stable ABI)
 ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
+HOPPER = ["-gencode=arch=compute_90a,code=sm_90a"]  # of csrc/cuda/hopper*.cu, whose instructions no other GPU has
 # Instruction sets for csrc/cpu/banded.cpp, lowest first: templates shared with the standard library are kept from
 # the first object that has them, so this order keeps wide instructions out of narrow machines.
 ISAS = {"baseline": []}
@@ -92,7 +93,7 @@ class BuildExt(build_ext):
             base += ["-DAEUP_WITH_CUDA", "-DUSE_CUDA", f"-I{cuda / 'include'}"]
 
         jobs = []  # (object, command), in link order
-        for source in ("module.cpp", "ops.cpp", "cpu/interpolate.cpp"):
+        for source in ("module.cpp", "ops.cpp", "ops_convolution.cpp", "cpu/interpolate.cpp"):
             obj = temp / (source.replace("/", "-") + ".o")
             jobs.append((obj, CSRC / source, [*base, "-c", str(CSRC / source), "-o", str(obj)]))
         for isa, flags in ISAS.items():
@@ -101,11 +102,13 @@ class BuildExt(build_ext):
         architectures = []
         if cuda:
             flags, architectures = gencode()
-            nvcc = [str(cuda / "bin/nvcc"), "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-ccbin", cxx[0], *flags]
+            hopper = HOPPER if any(a.startswith("9.0") for a in architectures) else [*flags, "-DAEUP_WITHOUT_HOPPER"]
+            nvcc = [str(cuda / "bin/nvcc"), "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-ccbin", cxx[0]]
             nvcc += ["-Xcompiler", "-fPIC,-fvisibility=hidden", f"-I{CSRC}"]
             for source in sorted((CSRC / "cuda").glob("*.cu")):
                 obj = temp / f"cuda-{source.name}.o"
-                jobs.append((obj, source, [*nvcc, "-c", str(source), "-o", str(obj)]))
+                target = hopper if source.name.startswith("hopper") else flags
+                jobs.append((obj, source, [*nvcc, *target, "-c", str(source), "-o", str(obj)]))
 
         headers = max(f.stat().st_mtime for f in CSRC.rglob("*.*h"))
 

@@ -1,11 +1,5 @@
 // The compiled operators: torch.ops.aeup_native.*. They are kernels without autograd; aeup/ops builds the public
 // operators on them. LibTorch stable ABI only, so that one binary serves every torch from 2.10.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -14,56 +8,23 @@
 #include <vector>
 
 #include "cpu/plan.h"
-#include "resample.h"
+#include "tensors.h"
 #ifdef AEUP_WITH_CUDA
 #include "cuda/launch.h"
 #endif
 
 namespace {
 
-using torch::headeronly::MemoryFormat;
-using torch::headeronly::ScalarType;
+using aeup::dense;
+using aeup::suggests_channels_last;
 using torch::stable::Tensor;
 
-[[noreturn]] void fail(const std::string& message) { throw std::runtime_error("aeup.interpolate: " + message); }
-
-// TensorImpl::compute_strides_like_channels_last: what torch's upsampling operators ask of their input.
-bool suggests_channels_last(const Tensor& x) {
-  const auto size = x.sizes();
-  const auto stride = x.strides();
-  if (stride[1] == 0) return false;
-  int64_t least = 0;
-  for (const int d : {1, 3, 2, 0}) {
-    if (size[d] == 0 || stride[d] < least || (d == 0 && least == stride[1])) return false;
-    least = stride[d];
-    if (size[d] > 1) least *= size[d];
-  }
-  return true;
-}
-
-// Strides of dimensions of size 1 do not matter.
-bool is_dense(const Tensor& x, bool channels_last) {
-  const auto size = x.sizes();
-  const auto stride = x.strides();
-  const int nchw[4] = {3, 2, 1, 0}, nhwc[4] = {1, 3, 2, 0};
-  int64_t expected = 1;
-  for (int i = 0; i < 4; ++i) {
-    const int d = channels_last ? nhwc[i] : nchw[i];
-    if (size[d] != 1 && stride[d] != expected) return false;
-    expected *= size[d];
-  }
-  return true;
-}
+[[noreturn]] void fail(const std::string& message) { aeup::fail("aeup.interpolate", message); }
 
 aeup::DType dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return aeup::DType::f32;
-    case ScalarType::Double: return aeup::DType::f64;
-    case ScalarType::Half: return aeup::DType::f16;
-    case ScalarType::BFloat16: return aeup::DType::bf16;
-    case ScalarType::Byte: return aeup::DType::u8;
-    default: fail("unsupported dtype; float64, float32, float16, bfloat16 and uint8 (forward) are served");
-  }
+  const auto dtype = aeup::dtype_of(x);
+  if (!dtype) fail("unsupported dtype; float64, float32, float16, bfloat16 and uint8 (forward) are served");
+  return *dtype;
 }
 
 void torch_parallel(int64_t n, void (*body)(int64_t, int64_t, void*), void* context) {
@@ -114,10 +75,8 @@ void prefer_huge_pages(void* data, int64_t bytes) {
 
 template <class Launch>
 Tensor interpolate(const Tensor& given, aeup::Problem p, const Launch& launch) {
-  const auto format = p.channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
-  const Tensor src = is_dense(given, p.channels_last) ? given : torch::stable::contiguous(given, format);
-  const std::vector<int64_t> size{p.n, p.c, p.backward ? p.ih : p.oh, p.backward ? p.iw : p.ow};
-  Tensor dst = torch::stable::empty(size, src.scalar_type(), std::nullopt, src.device(), std::nullopt, format);
+  const Tensor src = dense(given, p.channels_last);
+  Tensor dst = aeup::empty_like(src, {p.n, p.c, p.backward ? p.ih : p.oh, p.backward ? p.iw : p.ow}, p.channels_last);
   if (dst.numel() == 0) return dst;
   p.src = src.const_data_ptr();
   p.dst = dst.mutable_data_ptr();
@@ -136,24 +95,14 @@ Tensor interpolate_cpu(const Tensor& src, int64_t ih, int64_t iw, int64_t oh, in
 }
 
 #ifdef AEUP_WITH_CUDA
-// Weak: a torch without CUDA does not have it, and never calls the operator below.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
-
 Tensor interpolate_cuda(const Tensor& src, int64_t ih, int64_t iw, int64_t oh, int64_t ow, int64_t mode,
                         bool align_corners, bool antialias, double scale_h, double scale_w, bool backward) {
   const auto p = describe(src, ih, iw, oh, ow, mode, align_corners, antialias, scale_h, scale_w, backward);
-  if (!aoti_torch_get_current_cuda_stream) fail("this torch has no CUDA");
   const torch::stable::accelerator::DeviceGuard guard(src.get_device_index());
   return interpolate(src, p, [](const aeup::Problem& q, const Tensor& x) {
-    void* stream = nullptr;
-    if (aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream) != 0) fail("no current CUDA stream");
-    const int64_t bytes = aeup::interpolate_cuda_workspace(q);
-    Tensor workspace;
-    if (bytes > 0) {
-      const std::vector<int64_t> size{bytes};
-      workspace = torch::stable::empty(size, ScalarType::Byte, std::nullopt, x.device());
-    }
-    const char* error = aeup::launch_interpolate_cuda(q, bytes > 0 ? workspace.mutable_data_ptr() : nullptr, stream);
+    void* const stream = aeup::current_stream("aeup.interpolate", x);
+    const aeup::Workspace workspace(x, aeup::interpolate_cuda_workspace(q));
+    const char* error = aeup::launch_interpolate_cuda(q, workspace.data, stream);
     if (error) fail(std::string("CUDA kernel: ") + error);
   });
 }

@@ -81,6 +81,7 @@ struct Fiber {
   std::vector<std::vector<Copy>> groups;  // committed cp.async groups, oldest first
   std::vector<Copy> open;
   uint64_t exchange;
+  uint32_t operands[6];  // of a matrix product
 };
 struct Buffer {
   const char *begin, *end;
@@ -261,6 +262,14 @@ inline uint16_t half_of(float f) {
   const int n = int(std::nearbyint(std::ldexp(a, -low)));  // 0 .. 2048
   return uint16_t(sign | (low == -24 ? n : ((low + 24) << 10) + n));
 }
+
+enum class Operand { bf16, half, tf32 };
+inline float operand(Operand kind, uint32_t word, int part) {
+  if (kind == Operand::tf32) return __uint_as_float(word & 0xffffe000u);
+  const uint16_t bits = uint16_t(word >> 16 * part);
+  return kind == Operand::half ? of_half(bits) : __uint_as_float(uint32_t(bits) << 16);
+}
+void matrix_product(Operand kind, float* c, const uint32_t* a, uint32_t b0, uint32_t b1);
 }  // namespace aeup::emu
 
 #define threadIdx aeup::emu::thread_index
@@ -294,3 +303,24 @@ template <class T>
 T __shfl_xor_sync(unsigned m, T v, int d) {
   return __shfl_sync(m, v, int(threadIdx.x & 31) ^ d);
 }
+namespace aeup::emu {
+// mma.sync m16n8k16 (bf16, half) or m16n8k8 (tf32), fragments as in the PTX manual: c += a b.
+inline void matrix_product(Operand kind, float* c, const uint32_t* a, uint32_t b0, uint32_t b1) {
+  const int me = thread_index.x + block_size.x * (thread_index.y + block_size.y * thread_index.z);
+  const int first = me / kWarp * kWarp, g = me % kWarp / 4, q = me % 4, per = kind == Operand::tf32 ? 1 : 2;
+  uint32_t* mine = machine.current->operands;
+  std::memcpy(mine, a, 16);
+  mine[4] = b0, mine[5] = b1;
+  __syncwarp();
+  for (int i = 0; i < 4; ++i) {
+    const int row = g + i / 2 * 8, column = 2 * q + i % 2;
+    for (int k = 0; k < 8 * per; ++k) {
+      const int lane = k / per % 4, high = k / per / 4;  // who holds the word of k, and which of its two
+      const uint32_t x = machine.fibers[first + row % 8 * 4 + lane].operands[row / 8 + 2 * high];
+      const uint32_t y = machine.fibers[first + column * 4 + lane].operands[4 + high];
+      c[i] += operand(kind, x, k % per) * operand(kind, y, k % per);
+    }
+  }
+  __syncwarp();
+}
+}  // namespace aeup::emu

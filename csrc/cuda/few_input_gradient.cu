@@ -1,0 +1,262 @@
+// Input gradient for 1 to 4 output channels, stride 2 and a window of 4 taps: bound by the stores of the result.
+//
+// grad of the input at a pixel is a product of its 4 x 4 x CO patch of the output's gradient with the weights. A block
+// keeps the gradient of a tile in shared memory as [row][column][co]: four columns of a patch row are adjacent words,
+// in either layout. A warp makes 32 adjacent pixels at a time, for all input channels: channels-last as pixels x
+// channels, NCHW as channels x pixels, with the free order of the columns of a product such that a thread ends with 16
+// adjacent bytes.
+#include "few.cuh"
+#include "few.h"
+
+namespace aeup {
+namespace {
+
+constexpr int kThreads = 128, kWarps = 4, kTileRows = 8;
+
+template <class T>
+struct FewGradient {
+  const T *grad, *weight;
+  T* result;
+  int ci, ih, iw, oh, ow;
+  Strides from, to;
+  WeightStrides strides;
+  Window window;
+  int segments, column_tiles, row_tiles;  // a tile: kTileRows x 32 * segments pixels
+  int64_t tiles;
+  int groups;  // of channels: 64 bytes channels-last, 16 channels NCHW
+  bool wide;
+};
+
+template <class T, int kCO, bool kLast, bool kSplit>
+struct GradientShape {
+  static constexpr int kV = 16 / int(sizeof(T)), kEach = 4 / int(sizeof(T));  // elements of 16 bytes, of a word
+  static constexpr int kRowWords = 4 * kCO / kEach, kSteps = kRowWords / 2;   // of a patch row; products
+  static constexpr int kPixelWords = 2 * kCO / kEach;                         // from one pixel's patch to the next
+  static constexpr int kGroup = kLast ? 4 * kV : 16, kN = kV / 2;             // channels; products of 8 channels
+  static constexpr int kParts = kSplit ? 2 : 1;
+  static constexpr int kLaneWords = kLast ? kN * 2 : 4;  // weights of a lane per group and step
+  static constexpr int kBlocks = sizeof(T) == 2 ? 4 : 2;
+  // Words of a row of the staged tile, and of all weights.
+  AEUP_HD static int row_words(int segments) { return (64 * segments + 2) * kCO / kEach; }
+  AEUP_HD static int weight_words(int groups) { return groups * kSteps * kParts * 32 * kLaneWords; }
+};
+
+template <class T, int kCO, bool kLast, bool kSplit>
+__global__ void __launch_bounds__(kThreads, GradientShape<T, kCO, kLast, kSplit>::kBlocks)
+    few_input_gradient(FewGradient<T> p) {
+  using Q = GradientShape<T, kCO, kLast, kSplit>;
+  constexpr int kV = Q::kV, kEach = Q::kEach, kR = Q::kRowWords, kSteps = Q::kSteps, kParts = Q::kParts;
+  AEUP_DYNAMIC_SHARED(uint32_t, shared);
+  uint32_t* const weights = shared;  // [group][step][part][kLast: product][lane][2, NCHW: 4]
+  uint32_t* const tile = shared + Q::weight_words(p.groups);
+  const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, g = lane / 4, q = lane % 4;
+  const int row_words = Q::row_words(p.segments), width = 32 * p.segments;
+
+  // Word w of a patch is word w % kR of its row w / kR; step s, half r, lane q takes w = 8 s + 4 r + q.
+  const auto weight_word = [&](int ci, int w) {
+    uint32_t e[2] = {0, 0};
+#pragma unroll
+    for (int k = 0; k < kEach; ++k) {
+      const int at = w % kR * kEach + k;
+      if (ci < p.ci) e[k] = window_weight(p.weight, p.strides, p.window, ci, at % kCO, w / kR, at / kCO);
+    }
+    return join<T>(e[0], e[1]);
+  };
+  constexpr int kProducts = kLast ? Q::kN : 1, kWords = kLast ? 2 : 4;
+  for (int f = tid; f < p.groups * kSteps * kProducts * 32; f += kThreads) {
+    const int of = f % 32, u = f / 32 % kProducts, step = f / 32 / kProducts % kSteps,
+              group = f / 32 / kProducts / kSteps;
+    uint32_t* const to = weights + (((group * kSteps + step) * kParts * kProducts + u) * 32 + of) * kWords;
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      const int n = of / 4, r = kLast ? i : i / 2;
+      const int ci = group * Q::kGroup + (kLast ? n / 2 * kV + u * 2 + n % 2 : n + i % 2 * 8);
+      uint32_t high, low = 0;
+      make_operand<T, kSplit>(weight_word(ci, 8 * step + 4 * r + of % 4), &high, &low);
+      to[i] = high;
+      if constexpr (kSplit) to[kProducts * 32 * kWords + i] = low;
+    }
+  }
+
+  for (int64_t index = blockIdx.x; index < p.tiles; index += gridDim.x) {
+    Split at = split(index, p.column_tiles);
+    const int j0 = int(at.remainder) * width;
+    at = split(at.quotient, p.row_tiles);
+    const int i0 = int(at.remainder) * kTileRows;
+    const int64_t image = at.quotient;
+    __syncthreads();  // the last tile has been read
+    load_gradient_tile<T, kCO, kLast, kWarps>(p.grad + image * p.from.n, p.from, p.oh, p.ow, 2 * i0 - 1, 2 * j0 - 1,
+                                              2 * kTileRows + 2, 2 * width + 2, row_words * kEach,
+                                              reinterpret_cast<T*>(tile));
+    __syncthreads();
+
+    for (int unit = warp; unit < kTileRows * p.segments; unit += kWarps) {
+      const int li = unit / p.segments, lj = unit % p.segments * 32, i = i0 + li;
+      if (i >= p.ih || j0 + lj >= p.iw) continue;
+      const uint32_t* const patch = tile + 2 * li * row_words + lj * Q::kPixelWords;
+      const auto word = [&](int pixel, int w) { return patch[w / kR * row_words + pixel * Q::kPixelWords + w % kR]; };
+      T* const result = p.result + image * p.to.n + i * p.to.h + (j0 + lj) * p.to.w;
+      if constexpr (kLast) {
+#pragma unroll 1
+        for (int half = 0; half < 2; ++half) {
+          uint32_t a[kSteps][4], d[kSteps][4];
+#pragma unroll
+          for (int s = 0; s < kSteps; ++s)
+#pragma unroll
+            for (int k = 0; k < 4; ++k)
+              make_operand<T, kSplit>(word(half * 16 + g + k % 2 * 8, 8 * s + k / 2 * 4 + q), &a[s][k], &d[s][k]);
+#pragma unroll 1
+          for (int group = 0; group < p.groups; ++group) {
+            float acc[Q::kN][4] = {};
+#pragma unroll
+            for (int s = 0; s < kSteps; ++s)
+#pragma unroll
+              for (int u = 0; u < Q::kN; ++u) {
+                const uint2* const b2 =
+                    reinterpret_cast<const uint2*>(weights) + ((group * kSteps + s) * kParts * Q::kN + u) * 32 + lane;
+                const uint2 b = b2[0];
+                if constexpr (kSplit) {
+                  const uint2 rest = b2[Q::kN * 32];
+                  matrix_product<T>(acc[u], a[s], rest.x, rest.y);
+                  matrix_product<T>(acc[u], d[s], b.x, b.y);
+                }
+                matrix_product<T>(acc[u], a[s], b.x, b.y);
+              }
+            const int channel = group * Q::kGroup + q * kV;
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+              const int pixel = half * 16 + g + 8 * r;
+              if (j0 + lj + pixel >= p.iw) continue;
+              float v[kV];
+#pragma unroll
+              for (int u = 0; u < Q::kN; ++u) v[2 * u] = acc[u][2 * r], v[2 * u + 1] = acc[u][2 * r + 1];
+              T* const to = result + pixel * p.to.w + channel;
+              if (p.wide) {
+                if (channel >= p.ci) continue;
+                Raw<T, kV> raw;
+                raw.pack(v);
+                raw.store(to);
+              } else {
+#pragma unroll
+                for (int k = 0; k < kV; ++k)
+                  if (channel + k < p.ci) store_one(to + k, v[k]);
+              }
+            }
+          }
+        }
+      } else {
+        uint32_t b[4][kSteps][2], d[4][kSteps][2];  // pixel 4 n + t is column n of product t
+#pragma unroll
+        for (int t = 0; t < 4; ++t)
+#pragma unroll
+          for (int s = 0; s < kSteps; ++s)
+#pragma unroll
+            for (int r = 0; r < 2; ++r)
+              make_operand<T, kSplit>(word(4 * g + t, 8 * s + 4 * r + q), &b[t][s][r], &d[t][s][r]);
+#pragma unroll 1
+        for (int group = 0; group < p.groups; ++group) {
+          float acc[4][4] = {};
+#pragma unroll
+          for (int s = 0; s < kSteps; ++s) {
+            const uint4* const a4 = reinterpret_cast<const uint4*>(weights) + (group * kSteps + s) * kParts * 32 + lane;
+            const uint32_t a[4] = {a4->x, a4->y, a4->z, a4->w};
+#pragma unroll
+            for (int t = 0; t < 4; ++t) {
+              if constexpr (kSplit) {
+                const uint32_t rest[4] = {a4[32].x, a4[32].y, a4[32].z, a4[32].w};
+                matrix_product<T>(acc[t], rest, b[t][s][0], b[t][s][1]);
+                matrix_product<T>(acc[t], a, d[t][s][0], d[t][s][1]);
+              }
+              matrix_product<T>(acc[t], a, b[t][s][0], b[t][s][1]);
+            }
+          }
+          const int pixel = 8 * q;
+#pragma unroll
+          for (int r = 0; r < 2; ++r) {
+            const int channel = group * 16 + g + 8 * r;
+            if (channel >= p.ci) continue;
+            float v[8];
+#pragma unroll
+            for (int k = 0; k < 8; ++k) v[k] = acc[k % 4][2 * r + k / 4];
+            T* const to = result + channel * p.to.c + pixel;
+            const int left = p.iw - (j0 + lj + pixel);
+            if (p.wide) {
+#pragma unroll
+              for (int k = 0; k < 8; k += kV)
+                if (k < left) {
+                  Raw<T, kV> raw;
+                  raw.pack(v + k);
+                  raw.store(to + k);
+                }
+            } else {
+#pragma unroll
+              for (int k = 0; k < 8; ++k)
+                if (k < left) store_one(to + k, v[k]);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+template <class T, int kCO, bool kLast, bool kSplit>
+const char* start(FewGradient<T>& p, void* stream) {
+  using Q = GradientShape<T, kCO, kLast, kSplit>;
+  p.groups = int(ceil_div(p.ci, Q::kGroup));
+  const size_t shared = 4 * (size_t(Q::weight_words(p.groups)) + size_t(2 * kTileRows + 2) * Q::row_words(p.segments));
+  const auto kernel = few_input_gradient<T, kCO, kLast, kSplit>;
+  const int64_t fit = int64_t((220 << 10) / (shared + 1024)), most = fit < Q::kBlocks ? fit : Q::kBlocks;
+  const int64_t blocks = min(p.tiles, max(most, int64_t(1)) * multiprocessors());
+  AEUP_LAUNCH(kernel, blocks, kThreads, shared, stream, p);
+  return nullptr;
+}
+template <class T, bool kLast, bool kSplit>
+const char* with_channels(FewGradient<T>& p, int64_t co, void* stream) {
+  switch (co) {
+    case 1: return start<T, 1, kLast, kSplit>(p, stream);
+    case 2: return start<T, 2, kLast, kSplit>(p, stream);
+    case 3: return start<T, 3, kLast, kSplit>(p, stream);
+    default: return start<T, 4, kLast, kSplit>(p, stream);
+  }
+}
+
+template <class T>
+const char* run(const Convolution& c, void* stream) {
+  FewGradient<T> p{};
+  p.grad = static_cast<const T*>(c.grad), p.weight = static_cast<const T*>(c.weight);
+  p.result = static_cast<T*>(c.result);
+  p.ci = int(c.ci), p.ih = int(c.ih), p.iw = int(c.iw), p.oh = int(c.oh), p.ow = int(c.ow);
+  p.from = strides_of(c.co, c.oh, c.ow, c.channels_last), p.to = strides_of(c.ci, c.ih, c.iw, c.channels_last);
+  p.strides = weight_strides(c), p.window = window_of(c);
+  p.segments = c.iw <= 32 ? 1 : c.iw <= 64 ? 2 : 4;
+  p.column_tiles = int(ceil_div(c.iw, 32 * p.segments)), p.row_tiles = int(ceil_div(c.ih, kTileRows));
+  p.tiles = c.n * p.row_tiles * p.column_tiles;
+  p.wide = alignment_of(c.result, (c.channels_last ? c.ci : c.iw) * int64_t(sizeof(T))) == 16;
+  if constexpr (std::is_same_v<T, float>) {
+    if (!c.tf32)
+      return c.channels_last ? with_channels<T, true, true>(p, c.co, stream)
+                             : with_channels<T, false, true>(p, c.co, stream);
+  }
+  return c.channels_last ? with_channels<T, true, false>(p, c.co, stream)
+                         : with_channels<T, false, false>(p, c.co, stream);
+}
+
+}  // namespace
+
+int64_t few_input_gradient_shared(const Convolution& c) {
+  const int64_t split = c.dtype == DType::f32 && !c.tf32 ? 2 : 1, size = element_size(c.dtype);
+  const int64_t weights = ceil_div(c.ci, 32) * 32 * 16 * c.co * split * size;
+  return weights + (2 * kTileRows + 2) * (64 * (c.iw <= 32 ? 1 : c.iw <= 64 ? 2 : 4) + 2) * c.co * size;
+}
+
+const char* launch_few_input_gradient(const Convolution& c, void* stream) {
+  switch (c.dtype) {
+    case DType::f32: return run<float>(c, stream);
+    case DType::f16: return run<Half>(c, stream);
+    case DType::bf16: return run<BFloat16>(c, stream);
+    default: return "unsupported dtype";
+  }
+}
+
+}  // namespace aeup

@@ -1,0 +1,329 @@
+// The Hopper family: which problems it serves, and how a problem becomes tiles, taps and tensor maps.
+#include <cuda_runtime.h>
+
+#include "cuda/hopper.h"
+#include "cuda/hopper_gemm.cuh"
+#include "cuda/hopper_plan.h"
+
+namespace aeup {
+namespace {
+
+using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
+                            const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
+                            CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+
+Encode encoder() {
+  static const Encode found = [] {
+    void* f = nullptr;
+    cudaDriverEntryPointQueryResult result;
+    const cudaError_t e =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000, cudaEnableDefault, &result);
+    return reinterpret_cast<Encode>(e == cudaSuccess && result == cudaDriverEntryPointSuccess ? f : nullptr);
+  }();
+  return found;
+}
+
+}  // namespace
+
+const char* make_map(CUtensorMap* map, CUtensorMapDataType type, int bytes, const void* data, int rank,
+                     const int64_t* size, const int64_t* stride, const int* box) {
+  const Encode encode = encoder();
+  if (!encode) return "this driver has no tensor maps";
+  cuuint64_t sizes[5], strides[5];
+  cuuint32_t boxes[5], steps[5];
+  for (int i = 0; i < rank; ++i) {
+    sizes[i] = cuuint64_t(size[i]);
+    boxes[i] = cuuint32_t(box[i]);
+    steps[i] = 1;
+    if (i > 0) strides[i - 1] = cuuint64_t(stride[i - 1]) * bytes;
+  }
+  const CUresult e = encode(map, type, cuuint32_t(rank), const_cast<void*>(data), sizes, strides, boxes, steps,
+                            CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                            CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return e == CUDA_SUCCESS ? nullptr : "a tensor map was refused";
+}
+const char* make_map(CUtensorMap* map, DType dtype, const void* data, int rank, const int64_t* size,
+                     const int64_t* stride, const int* box) {
+  const auto type = dtype == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  return make_map(map, type, 2, data, rank, size, stride, box);
+}
+
+Box choose_box(int64_t n, int64_t h, int64_t w, int most, bool exact) {
+  Box best{1, 1, 1};
+  double least = 1e300;
+  for (int bw = 1; bw <= most && (exact || bw <= w); exact ? bw *= 2 : ++bw)
+    for (int bh = 1; bh * bw <= most && (exact || bh <= h); exact ? bh *= 2 : ++bh) {
+      int bn = most / (bw * bh);
+      if (!exact && bn > n) bn = int(n);
+      if (bw > 256 || bh > 256 || bn > 256) continue;
+      const double tiles = double(ceil_div(n, bn)) * double(ceil_div(h, bh)) * double(ceil_div(w, bw));
+      if (tiles < least || (tiles == least && bw >= best.w)) least = tiles, best = {bn, bh, bw};
+    }
+  return best;
+}
+
+namespace {
+
+const char* channels_last_of(const Convolution& c, const void** data, int64_t channels, int64_t h, int64_t w,
+                             int64_t offset, char* workspace, void* stream) {
+  if (offset < 0) return nullptr;
+  void* to = workspace + offset;
+  const int64_t padded = round_up(channels, 8);
+  const char* e = c.channels_last ? pad_channels(*data, to, c.n * h * w, channels, padded, stream)
+                                  : to_channels_last(*data, to, c.n, channels, h * w, padded, stream);
+  *data = to;
+  return e;
+}
+
+// Estimated cycles of a launch: whole waves, each the larger of the products and of the bytes from L2.
+double cost_of(int config, int64_t tiles, int64_t steps) {
+  const double bm = kGemmConfigs[config].bm, bn = kGemmConfigs[config].bn;
+  const double products = bm * bn / 32, bytes = (bm + (bn < 64 ? 64 : bn)) * 128 / 44;
+  const double tile = double(steps) * (products > bytes ? products : bytes) + 700 + bm * bn / 24;
+  return double(ceil_div(tiles, 132)) * tile;
+}
+
+Choice plan_forward(const Convolution& c) {
+  const Phases ah = phases_of(c.sh, c.ph, c.dh, c.kh), aw = phases_of(c.sw, c.pw, c.dw, c.kw);
+  const Early eh = early_of(ah), ew = early_of(aw);
+  const bool alike = eh.most >= 0 && ew.most >= 0;
+  const int64_t chunks = ceil_div(c.ci, 64);
+  Choice best;
+  for (int config = 0; config < kGemmConfigCount; ++config)
+    for (const auto arrangement : {Arrangement::separate, Arrangement::merged, Arrangement::columns}) {
+      const bool together = arrangement != Arrangement::separate;
+      const int bn = kGemmConfigs[config].bn, phases = c.sh * c.sw;
+      if (together && !alike) continue;
+      if (arrangement == Arrangement::merged && (c.sh != 2 || c.sw != 2 || bn != 256)) continue;
+      if (arrangement == Arrangement::columns && (c.dh != 1 || c.dw != 1 || phases == 1 || c.co >= 64)) continue;
+      if (forced_config() >= 0 && forced_config() != config + 10 * int(arrangement)) continue;
+      const int64_t h = ceil_div(c.oh, c.sh) + (together ? eh.most : 0);
+      const int64_t w = ceil_div(c.ow, c.sw) + (together ? ew.most : 0);
+      const Box box = choose_box(c.n, h, w, kGemmConfigs[config].bm, false);
+      int64_t tiles = ceil_div(c.n, box.n) * ceil_div(h, box.h) * ceil_div(w, box.w);
+      if (arrangement == Arrangement::separate)
+        tiles *= ceil_div(c.co, bn) * phases;
+      else if (arrangement == Arrangement::merged)
+        tiles *= ceil_div(c.co, bn / 4);
+      else
+        tiles *= ceil_div(c.co * phases, bn);
+      const int64_t steps = chunks * ceil_div(c.kh, c.sh) * ceil_div(c.kw, c.sw);
+      const double cost = cost_of(config, tiles, steps) + (arrangement == Arrangement::columns ? 5000 : 0);
+      if (cost < best.cost) best = {config, arrangement, box, cost};
+    }
+  return best;
+}
+
+Choice plan_input_gradient(const Convolution& c) {
+  Choice best;
+  for (int config = 0; config < kGemmConfigCount; ++config) {
+    if (forced_config() >= 0 && forced_config() != config) continue;
+    const Box box = choose_box(c.n, c.ih, c.iw, kGemmConfigs[config].bm, false);
+    const int64_t pixels = ceil_div(c.n, box.n) * ceil_div(c.ih, box.h) * ceil_div(c.iw, box.w);
+    const int64_t tiles = pixels * ceil_div(c.ci, kGemmConfigs[config].bn);
+    const double cost = cost_of(config, tiles, ceil_div(c.co, 64) * c.kh * c.kw);
+    if (cost < best.cost) best = {config, Arrangement::separate, box, cost};
+  }
+  return best;
+}
+
+const Choice& forward_choice(const Convolution& c) { return remembered(c, Pass::forward, plan_forward); }
+
+// `w` is [taps, ci, co]; or, where the phases are columns, [taps of a phase, ci, phases * co].
+const char* launch_forward(const Convolution& c, const Choice& choice, const void* x, const void* w, int64_t w_channel,
+                           int64_t w_tap, void* out, void* stream) {
+  GemmParams p;
+  const Phases ah = phases_of(c.sh, c.ph, c.dh, c.kh), aw = phases_of(c.sw, c.pw, c.dw, c.kw);
+  const bool together = choice.arrangement != Arrangement::separate;
+  const Early none{{}, 0}, eh = together ? early_of(ah) : none, ew = together ? early_of(aw) : none;
+  const int64_t h = ceil_div(c.oh, c.sh) + eh.most, width = ceil_div(c.ow, c.sw) + ew.most;
+  const bool columns = choice.arrangement == Arrangement::columns;
+  int taps = 0;
+  p.groups = together ? 1 : c.sh * c.sw;
+  p.merged = choice.arrangement == Arrangement::merged ? 4 : 1;
+  p.columns = int(columns ? c.co * c.sh * c.sw : c.co);
+  const int per_phase_w = aw.first[1];
+  for (int r = 0; r < (together ? 1 : c.sh); ++r)
+    for (int q = 0; q < (together ? 1 : c.sw); ++q) {
+      GemmGroup& g = p.group[r * c.sw + q];
+      g.first_tap = int16_t(taps);
+      for (int i = ah.first[r]; i < ah.first[r + 1]; ++i)
+        for (int j = aw.first[q]; j < aw.first[q + 1]; ++j) {
+          GemmTap& tap = p.tap[taps++];
+          tap.map = 0, tap.h = int8_t(ah.shift[i] - eh.of[r]), tap.w = int8_t(aw.shift[j] - ew.of[q]);
+          for (int m = 0; m < p.merged; ++m)
+            tap.weight[m] = uint16_t(columns ? i * per_phase_w + j
+                                             : ah.kernel[p.merged == 1 ? i : ah.first[m / 2] + i] * c.kw +
+                                                   aw.kernel[p.merged == 1 ? j : aw.first[m % 2] + j]);
+        }
+      if (taps == g.first_tap) p.tap[taps++] = {{0xffff, 0, 0, 0}, 0, 0, 0};  // no such weight: the tile is zero
+      g.taps = int16_t(taps - g.first_tap);
+    }
+  for (int r = 0; r < c.sh; ++r)
+    for (int q = 0; q < c.sw; ++q) {
+      const bool one_group = choice.arrangement == Arrangement::merged;
+      GemmGroup& g = p.group[one_group ? 0 : r * c.sw + q];
+      g.oh[one_group ? r * 2 + q : 0] = int16_t(r - c.sh * eh.of[r]);
+      g.ow[one_group ? r * 2 + q : 0] = int16_t(q - c.sw * ew.of[q]);
+    }
+  const Box box = choice.box;
+  const int64_t ci8 = round_up(c.ci, 8);
+  {
+    const int64_t size[4] = {ci8, c.iw, c.ih, c.n}, stride[3] = {ci8, c.iw * ci8, c.ih * c.iw * ci8};
+    const int boxes[4] = {64, box.w, box.h, box.n};
+    if (const char* e = make_map(&p.source[0], c.dtype, x, 4, size, stride, boxes)) return e;
+  }
+  {
+    const int64_t kernel = int64_t(c.kh) * c.kw / (columns ? c.sh * c.sw : 1);
+    const int64_t size[3] = {round_up(p.columns, 8), c.ci, kernel}, stride[2] = {w_channel, w_tap};
+    const int boxes[3] = {64, 64, 1};
+    if (const char* e = make_map(&p.weight, c.dtype, w, 3, size, stride, boxes)) return e;
+  }
+  p.out = out, p.bias = c.bias, p.n = c.n;
+  p.oh = int(c.oh), p.ow = int(c.ow), p.c = int(c.co), p.stride_h = c.sh, p.stride_w = c.sw;
+  p.activation = int(c.activation), p.slope = c.slope;
+  p.chunks = int(ceil_div(c.ci, 64));
+  p.blocks = int(ceil_div(p.columns, kGemmConfigs[choice.config].bn / p.merged));
+  p.box_n = box.n, p.box_h = box.h, p.box_w = box.w;
+  p.tiles_h = int(ceil_div(h, box.h)), p.tiles_w = int(ceil_div(width, box.w));
+  p.tiles = int(ceil_div(c.n, box.n)) * p.tiles_h * p.tiles_w * p.blocks * p.groups;
+  p.source_bytes = uint32_t(box.n * box.h * box.w * 128);
+  set_dividers(&p);
+  return launch_gemm_forward(p, choice.config, c.dtype, stream);
+}
+
+const char* launch_input_gradient(const Convolution& c, const void* grad, const void* w, int64_t w_channel,
+                                  int64_t w_tap, void* out, void* stream) {
+  GemmParams p;
+  const int64_t chunks = ceil_div(c.co, 64), co8 = round_up(c.co, 8);
+  const Choice& best = remembered(c, Pass::input_gradient, plan_input_gradient);
+  const Box box = best.box;
+  const int bn = kGemmConfigs[best.config].bn;
+  const int boxes[4] = {64, box.w, box.h, box.n};
+  for (int a = 0; a < c.sh && a < c.oh; ++a)
+    for (int b = 0; b < c.sw && b < c.ow; ++b) {
+      const int64_t size[4] = {co8, ceil_div(c.ow - b, c.sw), ceil_div(c.oh - a, c.sh), c.n};
+      const int64_t stride[3] = {c.sw * co8, c.sh * c.ow * co8, c.oh * c.ow * co8};
+      const auto* first = static_cast<const uint16_t*>(grad) + (a * c.ow + b) * co8;
+      if (const char* e = make_map(&p.source[a * c.sw + b], c.dtype, first, 4, size, stride, boxes)) return e;
+    }
+  int taps = 0;
+  for (int i = 0; i < c.kh; ++i)
+    for (int j = 0; j < c.kw; ++j) {
+      const int h = c.dh * i - c.ph, width = c.dw * j - c.pw;
+      const int fh = floor_div(h, c.sh), fw = floor_div(width, c.sw), a = h - fh * c.sh, b = width - fw * c.sw;
+      if (a < c.oh && b < c.ow)
+        p.tap[taps++] = {{uint16_t(i * c.kw + j), 0, 0, 0}, int8_t(fh), int8_t(fw), uint8_t(a * c.sw + b)};
+    }
+  {
+    const int64_t size[3] = {co8, c.ci, int64_t(c.kh) * c.kw}, stride[2] = {w_channel, w_tap};
+    const int weights[3] = {64, bn < 64 ? 64 : bn, 1};
+    if (const char* e = make_map(&p.weight, c.dtype, w, 3, size, stride, weights)) return e;
+  }
+  p.groups = 1, p.merged = 1;
+  p.group[0] = {0, int16_t(taps), {0, 0, 0, 0}, {0, 0, 0, 0}};
+  p.out = out, p.bias = nullptr, p.n = c.n;
+  p.oh = int(c.ih), p.ow = int(c.iw), p.c = p.columns = int(c.ci), p.stride_h = p.stride_w = 1;
+  p.activation = 0, p.slope = 0;
+  p.chunks = int(chunks);
+  p.blocks = int(ceil_div(c.ci, bn));
+  p.box_n = box.n, p.box_h = box.h, p.box_w = box.w;
+  p.tiles_h = int(ceil_div(c.ih, box.h)), p.tiles_w = int(ceil_div(c.iw, box.w));
+  p.tiles = int(ceil_div(c.n, box.n)) * p.tiles_h * p.tiles_w * p.blocks;
+  p.source_bytes = uint32_t(box.n * box.h * box.w * 128);
+  set_dividers(&p);
+  return launch_gemm_gradient(p, best.config, c.dtype, stream);
+}
+
+struct Layout {  // of the workspace: offsets in bytes, -1 where the tensor is used as it is
+  int64_t source = -1, second = -1, weight = -1, out = -1, partial = -1, bytes = 0;
+  void add(int64_t* at, int64_t size) { *at = bytes, bytes += round_up(size, 256); }
+};
+bool as_it_is(const Convolution& c, int64_t channels, const void* data) {
+  return c.channels_last && channels % 8 == 0 && reinterpret_cast<uintptr_t>(data) % 16 == 0;
+}
+Layout layout_of(const Convolution& c, Pass pass) {
+  Layout l;
+  const int64_t x = c.n * c.ih * c.iw * round_up(c.ci, 8) * 2, y = c.n * c.oh * c.ow * round_up(c.co, 8) * 2;
+  if (pass != Pass::input_gradient && !as_it_is(c, c.ci, c.input)) l.add(&l.source, x);
+  if (pass != Pass::forward && !as_it_is(c, c.co, c.grad))
+    l.add(pass == Pass::input_gradient ? &l.source : &l.second, y);
+  if (pass == Pass::weight_gradient) {
+    l.add(&l.partial, hopper_weight_gradient_workspace(c));
+    return l;
+  }
+  if (pass == Pass::forward && forward_choice(c).arrangement == Arrangement::columns)
+    l.add(&l.weight, int64_t(c.kh) * c.kw / (c.sh * c.sw) * c.ci * round_up(c.sh * c.sw * c.co, 8) * 2);
+  else if (!c.weight_channels_last || c.co % 8 || reinterpret_cast<uintptr_t>(c.weight) % 16)
+    l.add(&l.weight, int64_t(c.kh) * c.kw * c.ci * round_up(c.co, 8) * 2);
+  if (!c.channels_last)
+    l.add(&l.out, pass == Pass::forward ? c.n * c.oh * c.ow * c.co * 2 : c.n * c.ih * c.iw * c.ci * 2);
+  return l;
+}
+
+const char* refuses(const Convolution& c, Pass pass, int major, int) {
+#ifdef AEUP_WITHOUT_HOPPER
+  return "built without sm_90a";
+#endif
+  if (major != 9) return "made for compute capability 9 (Hopper)";
+  if (c.dtype != DType::bf16 && c.dtype != DType::f16) return "bfloat16 and float16 only";
+  if (c.groups != 1) return "one group only";
+  if (c.ci < 16 || c.co < 16) return "fewer than 16 channels";
+  if (c.kh * c.kw > 256) return "more than 256 kernel elements";
+  if (c.sh * c.sw > (pass == Pass::forward ? kGemmGroups : kGemmMaps)) return "the stride has too many phases";
+  const int reach_h = (c.dh * c.kh + c.ph) / c.sh + 2, reach_w = (c.dw * c.kw + c.pw) / c.sw + 2;
+  if (reach_h > 120 || reach_w > 120) return "kernel, dilation or padding is too long for the stride";
+  const int64_t most = 1 << 30;
+  if (c.n * c.ih * c.iw >= most || c.n * c.oh * c.ow >= most || c.ci >= 65536 || c.co >= 65536)
+    return "2^30 pixels or 2^16 channels";
+  if (c.n * c.oh * c.ow / 32 * ceil_div(c.co, 32) >= most || c.n * c.ih * c.iw / 32 * ceil_div(c.ci, 32) >= most)
+    return "too many tiles";
+  return nullptr;
+}
+
+int64_t workspace(const Convolution& c, Pass pass) {
+  return layout_of(pass == Pass::forward ? normal(c) : c, pass).bytes;
+}
+
+const char* run(const Convolution& given, Pass pass, void* memory, void* stream) {
+  const Convolution c = pass == Pass::forward ? normal(given) : given;
+  const Layout l = layout_of(c, pass);
+  char* workspace = static_cast<char*>(memory);
+  const void *x = c.input, *grad = c.grad;
+  const char* e = nullptr;
+  if (pass == Pass::weight_gradient) {
+    if ((e = channels_last_of(c, &x, c.ci, c.ih, c.iw, l.source, workspace, stream))) return e;
+    if ((e = channels_last_of(c, &grad, c.co, c.oh, c.ow, l.second, workspace, stream))) return e;
+    return hopper_weight_gradient(c, x, grad, workspace + l.partial, stream);
+  }
+  const void* weight = c.weight;
+  const int64_t taps = int64_t(c.kh) * c.kw, co8 = round_up(c.co, 8);
+  int64_t w_channel = taps * c.co, w_tap = c.co;
+  const bool columns = pass == Pass::forward && forward_choice(c).arrangement == Arrangement::columns;
+  if (columns) {
+    void* to = workspace + l.weight;
+    if ((e = pack_phases(c, to, stream))) return e;
+    weight = to, w_channel = round_up(c.sh * c.sw * c.co, 8), w_tap = c.ci * w_channel;
+  } else if (l.weight >= 0) {
+    void* to = workspace + l.weight;
+    if ((e = pack_weight(weight, to, c.ci, c.co, taps, co8, c.weight_channels_last, stream))) return e;
+    weight = to, w_channel = co8, w_tap = c.ci * co8;
+  }
+  void* out = l.out >= 0 ? workspace + l.out : c.result;
+  if (pass == Pass::forward) {
+    if ((e = channels_last_of(c, &x, c.ci, c.ih, c.iw, l.source, workspace, stream))) return e;
+    if ((e = launch_forward(c, forward_choice(c), x, weight, w_channel, w_tap, out, stream))) return e;
+    if (l.out >= 0) e = from_channels_last(out, c.result, c.n, c.co, c.oh * c.ow, c.co, stream);
+  } else {
+    if ((e = channels_last_of(c, &grad, c.co, c.oh, c.ow, l.source, workspace, stream))) return e;
+    if ((e = launch_input_gradient(c, grad, weight, w_channel, w_tap, out, stream))) return e;
+    if (l.out >= 0) e = from_channels_last(out, c.result, c.n, c.ci, c.ih * c.iw, c.ci, stream);
+  }
+  return e;
+}
+
+}  // namespace
+
+const ConvolutionFamily kHopperConvolution = {"hopper", refuses, workspace, run};
+
+}  // namespace aeup

@@ -1,0 +1,316 @@
+// The implicit GEMM of a transposed convolution and of its input gradient on Hopper: persistent, warp-specialised,
+// tensor maps and wgmma. Rows are pixels, columns are channels, the sum runs over taps and channels.
+//
+// One tile is a box of pixels of one group of phases. A tap is the box of the source shifted by (h, w), read through a
+// tensor map, which fills what lies outside the image with zeros, times one [channels, channels] slice of the weight.
+// The forward reads the input through one map and has a group for each phase, or for phases merged because they read
+// the same pixels (every phase where the kernel is a multiple of the stride); their columns then lie side by side. The
+// input gradient reads the output's gradient through one map for each phase, and has one group.
+#pragma once
+#include "../convolution.h"
+#include "cuda/wgmma.cuh"
+
+namespace aeup {
+
+struct alignas(16) GemmTap {
+  uint16_t weight[4];  // kernel index kh * KW + kw, for each merged phase
+  int8_t h, w;         // shift of the source box
+  uint8_t map;         // of the source
+};
+struct GemmGroup {
+  int16_t first_tap, taps;
+  int16_t oh[4], ow[4];  // pixel (uh, uw) is output (stride_h * uh + oh, stride_w * uw + ow), for each merged phase
+};
+constexpr int kGemmMaps = 16, kGemmTaps = 256 + 64, kGemmGroups = 64;
+
+struct GemmParams {
+  CUtensorMap source[kGemmMaps], weight;
+  void* out;         // [n, oh, ow, c], dense
+  const void* bias;  // [c] or null
+  int64_t n;
+  int oh, ow, c;
+  int columns;  // c, or phases * c where the phases are columns: column v is channel v % c of group[v / c]'s output
+  int stride_h, stride_w;
+  int activation;
+  float slope;
+  int chunks;               // of 64 source channels
+  int groups, merged;       // merged: phases in a group, 1, 2 or 4
+  int blocks;               // column blocks in a group
+  int box_n, box_h, box_w;  // pixels of a tile
+  int tiles_h, tiles_w;
+  int tiles;  // all
+  Divider by_groups, by_blocks, by_tiles_w, by_tiles_h, by_c;
+  uint32_t source_bytes;  // of one box
+  GemmGroup group[kGemmGroups];
+  GemmTap tap[kGemmTaps];
+};
+
+template <int BM, int BN>
+struct GemmShape {
+  static constexpr int kWarpgroups = 2, kThreads = 128 * (kWarpgroups + 1), kTilesM = BM / (64 * kWarpgroups);
+  static constexpr int kBoxes = BN < 64 ? 1 : BN / 64;
+  static constexpr int kABytes = BM * 128, kBBytes = kBoxes * 8192, kStage = kABytes + kBBytes;
+  static constexpr int kStaging = 4 * kWarpgroups * 2048, kBias = kWarpgroups * kBoxes * 256;
+  static constexpr int kFree = 227 * 1024 - 1024 - 128 - kStaging - kBias;
+  static constexpr int kStages = kFree / kStage < 8 ? kFree / kStage : 8;
+  static constexpr int kBytes = 1024 + kStages * kStage + kStaging + kBias + 2 * 8 * 8;
+};
+
+template <class T>
+AEUP_DEV uint32_t pair_of(float a, float b) {
+  if constexpr (std::is_same_v<T, BFloat16>)
+    return bf16_pair(a, b);
+  else
+    return half_pair(a, b);
+}
+AEUP_DEV float at_least(float v, float bound) {  // NaN stays NaN
+  float d;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(d) : "f"(v), "f"(bound));
+  return d;
+}
+// What is not a bound from below; kernels of their own, so that the plain ones stay short.
+AEUP_DEV float smooth(float v, int activation, float slope) {
+  switch (Activation(activation)) {
+    case Activation::leaky_relu: return v < 0 ? v * slope : v;
+    case Activation::silu: return v / (1 + __expf(-v));
+    case Activation::gelu: return 0.5f * v * (1 + erff(v * 0.70710678118654752f));
+    case Activation::tanh: return tanhf(v);
+    default: return 1 / (1 + __expf(-v));
+  }
+}
+
+struct GemmTile {
+  int group, block, n, h, w;  // column block; first pixel of the box in the group's domain
+};
+AEUP_DEV int take_digit(int& n, const Divider& d) {  // n % d; n becomes n / d
+  const int quotient = d.divide(n), digit = n - quotient * int(d.divisor);
+  n = quotient;
+  return digit;
+}
+AEUP_DEV GemmTile gemm_tile(const GemmParams& p, int index) {
+  GemmTile t;
+  t.group = take_digit(index, p.by_groups);
+  t.block = take_digit(index, p.by_blocks);
+  t.w = take_digit(index, p.by_tiles_w) * p.box_w;
+  t.h = take_digit(index, p.by_tiles_h) * p.box_h;
+  t.n = index * p.box_n;
+  return t;
+}
+
+// 16 rows x 64 columns from shared memory, element by element: where rows are not made of whole 16 bytes, or where the
+// phases are columns. Neighbouring lanes store neighbouring channels, and channels of neighbouring phases adjoin.
+template <class T, int kChunks>
+AEUP_DEV void store_columns(const GemmParams& p, const GemmGroup& g, uint32_t own, const int (&pixel)[4],
+                            const int (&top)[4], const int (&left)[4], int first, int phase) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int half = 0; half < kChunks / 4; ++half) {
+    const int v = first + half * 32 + lane;
+    int c = v, oh = g.oh[phase], ow = g.ow[phase];
+    if (p.columns != p.c && v < p.columns) {
+      const int q = p.by_c.divide(v);
+      c = v - q * p.c, oh = p.group[q].oh[0], ow = p.group[q].ow[0];
+    }
+    T* out = static_cast<T*>(p.out) + c;
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+#pragma unroll 1
+      for (int from = 0; from < 32; from += 8) {
+        const int row = i * 4 + from / 8, column = half * 4 + lane / 8;
+        const int y = __shfl_sync(~0u, top[i], from) + oh, x = __shfl_sync(~0u, left[i], from) + ow;
+        const int64_t at = __shfl_sync(~0u, pixel[i], from) + oh * p.ow + ow;
+        uint16_t value;
+        asm volatile("ld.shared.u16 %0, [%1];"
+                     : "=h"(value)
+                     : "r"(own + row * 128 + ((column ^ (row & 7)) << 4) + lane % 8 * 2));
+        if (unsigned(y) < unsigned(p.oh) && unsigned(x) < unsigned(p.ow) && v < p.columns)
+          *reinterpret_cast<uint16_t*>(out + at * p.c) = value;
+      }
+  }
+}
+
+// kForward: the weight slice is [source channels, 64 columns] with the columns contiguous, else [columns, 64 source
+// channels] with the source channels contiguous.
+template <class T, int BM, int BN, bool kForward, bool kSmooth>
+__global__ void __launch_bounds__(GemmShape<BM, BN>::kThreads, 1) hopper_gemm(const __grid_constant__ GemmParams p) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  using S = GemmShape<BM, BN>;
+  unsigned char* base = aeup_shared + (-shared_address(aeup_shared) & 1023);
+  unsigned char* staging = base + S::kStages * S::kStage;
+  float* bias_shared = reinterpret_cast<float*>(staging + S::kStaging);
+  uint64_t* full = reinterpret_cast<uint64_t*>(staging + S::kStaging + S::kBias);
+  uint64_t* empty = full + 8;
+  const int warpgroup = threadIdx.x / 128, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
+  if (threadIdx.x == 32) prefetch_map(&p.weight), prefetch_map(&p.source[0]);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < S::kStages; ++i) barrier_init(full + i, 2), barrier_init(empty + i, 4 * S::kWarpgroups);
+    barrier_init_fence();
+  }
+  __syncthreads();
+  const int columns = BN / p.merged;
+  int box_phase[S::kBoxes], box_column[S::kBoxes];  // of 64 columns: merged phase, first column within it
+#pragma unroll
+  for (int j = 0; j < S::kBoxes; ++j) {
+    box_phase[j] = p.merged == 1 ? 0 : j * p.merged / S::kBoxes;
+    box_column[j] = 64 * j - box_phase[j] * columns;
+  }
+
+  if (warpgroup == 0) {
+    give_registers<40>();
+    // Warp 0 fetches the source, warp 1 the weight: one thread issuing both would not keep up with short steps.
+    uint32_t stage = 0, parity = 1;
+    for (int index = warp < 2 && lane == 0 ? blockIdx.x : p.tiles; index < p.tiles; index += gridDim.x) {
+      const GemmTile t = gemm_tile(p, index);
+      const int first = p.group[t.group].first_tap, last = first + p.group[t.group].taps, c0 = t.block * columns;
+      for (int chunk = 0; chunk < p.chunks * 64; chunk += 64) {
+        for (int i = first; i < last; ++i) {
+          const GemmTap tap = p.tap[i];
+          unsigned char* a = base + stage * S::kStage;
+          unsigned char* b = a + S::kABytes;
+          barrier_wait(empty + stage, parity);
+          if (warp == 0) {
+            barrier_expect(full + stage, p.source_bytes);
+            copy_box(a, &p.source[kForward ? 0 : tap.map], full + stage, chunk, t.w + tap.w, t.h + tap.h, t.n);
+          } else {
+            barrier_expect(full + stage, S::kBBytes);
+            if constexpr (kForward) {
+#pragma unroll
+              for (int j = 0; j < S::kBoxes; ++j) {
+                const int q = box_phase[j];
+                const int weight = q == 0   ? tap.weight[0]
+                                   : q == 1 ? tap.weight[1]
+                                   : q == 2 ? tap.weight[2]
+                                            : tap.weight[3];
+                copy_box(b + j * 8192, &p.weight, full + stage, c0 + box_column[j], chunk, weight);
+              }
+            } else {
+              copy_box(b, &p.weight, full + stage, chunk, c0, tap.weight[0]);
+            }
+          }
+          if (++stage == S::kStages) stage = 0, parity ^= 1;
+        }
+      }
+    }
+  } else {
+    take_registers<232>();
+    const int consumer = warpgroup - 1;
+    const uint32_t base_address = shared_address(base);
+    const uint32_t own = shared_address(staging) + (consumer * 4 + warp) * 2048;
+    float* own_bias = bias_shared + consumer * S::kBoxes * 64;
+    int row_box[S::kTilesM][4];  // of the rows that this lane stores: image, row and column in the box, 10 bits each
+#pragma unroll
+    for (int m = 0; m < S::kTilesM; ++m)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int row = (consumer * S::kTilesM + m) * 64 + warp * 16 + i * 4 + lane / 8;
+        const int rows = row / p.box_w, image = rows / p.box_h;
+        row_box[m][i] = image < p.box_n ? image << 20 | rows % p.box_h << 10 | row % p.box_w : -1;
+      }
+    uint32_t stage = 0, parity = 0;
+    // The second warpgroup starts two steps late, so that one multiplies while the other stores.
+    if (consumer == 1 && S::kStages > 2 && p.group[gemm_tile(p, blockIdx.x).group].taps * p.chunks > 2)
+      barrier_wait(full + 2, 0);
+    float acc[S::kTilesM][BN / 2];
+    for (int index = blockIdx.x; index < p.tiles; index += gridDim.x) {
+      const GemmTile t = gemm_tile(p, index);
+      const GemmGroup& g = p.group[t.group];
+      const int steps = g.taps * p.chunks;
+      const T* bias = static_cast<const T*>(p.bias);
+      float own_values[(S::kBoxes + 1) / 2];
+#pragma unroll
+      for (int e = 0; e < (S::kBoxes + 1) / 2; ++e) {
+        const int v = threadIdx.x % 128 + 128 * e, j = v / 64;  // column of the tile
+        const int c = t.block * columns + 64 * j - (p.merged == 1 ? 0 : j * p.merged / S::kBoxes * columns) + v % 64;
+        own_values[e] = bias && j < S::kBoxes && c < p.columns
+                            ? load_one(bias + (p.columns == p.c ? c : c - p.by_c.divide(c) * p.c))
+                            : 0.f;
+      }
+      uint64_t* previous = empty;
+      for (int i = 0; i < steps; ++i) {
+        barrier_wait(full + stage, parity);
+        const uint32_t a = base_address + stage * S::kStage + consumer * S::kTilesM * 8192;
+        const uint32_t b = base_address + stage * S::kStage + S::kABytes;
+        const uint64_t ad = operand(a, 16, 1024), bd = kForward ? operand(b, 8192, 1024) : operand(b, 16, 1024);
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+#pragma unroll
+          for (int m = 0; m < S::kTilesM; ++m)  // descriptors count 16 bytes
+            wgmma<T, 0, kForward>(acc[m], ad + m * 512 + k * 2, bd + k * (kForward ? 128 : 2), i + k > 0);
+        wgmma_commit();
+        wgmma_wait<1>();
+        if (i > 0 && lane == 0) barrier_arrive(previous);
+        previous = empty + stage;
+        if (++stage == S::kStages) stage = 0, parity ^= 1;
+      }
+      named_barrier(1 + consumer, 128);  // the tile before has read its bias
+#pragma unroll
+      for (int e = 0; e < (S::kBoxes + 1) / 2; ++e) {
+        const int v = threadIdx.x % 128 + 128 * e;
+        if (v < S::kBoxes * 64) own_bias[v] = own_values[e];
+      }
+      named_barrier(1 + consumer, 128);
+      wgmma_wait<0>();
+#pragma unroll
+      for (int m = 0; m < S::kTilesM; ++m) hold(acc[m]);
+      if (lane == 0) barrier_arrive(previous);
+
+      const float least = p.activation == int(Activation::relu) ? 0.f : -__int_as_float(0x7f800000);
+      // Each warp turns 16 rows x 64 columns at a time in its own shared memory, so that a row leaves as whole lines.
+      constexpr int kChunks = (BN < 64 ? BN : 64) / 8;  // of 8 columns
+#pragma unroll
+      for (int m = 0; m < S::kTilesM; ++m) {
+        int pixel[4], top[4], left[4];  // of the output, before the phase
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int n = t.n + (row_box[m][i] >> 20);
+          top[i] = row_box[m][i] >= 0 && n < p.n ? (t.h + (row_box[m][i] >> 10 & 1023)) * p.stride_h : INT_MIN / 2;
+          left[i] = (t.w + (row_box[m][i] & 1023)) * p.stride_w;
+          pixel[i] = int((unsigned(n) * p.oh + top[i]) * p.ow + left[i]);
+        }
+#pragma unroll
+        for (int j = 0; j < S::kBoxes; ++j) {
+          __syncwarp();
+#pragma unroll
+          for (int b = 0; b < kChunks / 2; ++b) {
+            uint32_t packed[4];
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {  // the two 8-column blocks of 16
+              const float* from = &acc[m][j * 32 + (2 * b + h) * 4];
+              const float2 add = *reinterpret_cast<const float2*>(own_bias + j * 64 + (2 * b + h) * 8 + lane % 4 * 2);
+              float v[4] = {from[0] + add.x, from[1] + add.y, from[2] + add.x, from[3] + add.y};
+#pragma unroll
+              for (int e = 0; e < 4; ++e) v[e] = kSmooth ? smooth(v[e], p.activation, p.slope) : at_least(v[e], least);
+              packed[2 * h] = pair_of<T>(v[0], v[1]), packed[2 * h + 1] = pair_of<T>(v[2], v[3]);
+            }
+            const int row = (lane / 8 & 1) * 8 + lane % 8, column = 2 * b + lane / 16;
+            store_matrices(own + row * 128 + ((column ^ (row & 7)) << 4), packed[0], packed[1], packed[2], packed[3]);
+          }
+          __syncwarp();
+          if (p.c % 8 == 0) {
+            const int v = t.block * columns + box_column[j] + lane % 8 * 8;
+            int c = v, oh = g.oh[box_phase[j]], ow = g.ow[box_phase[j]];
+            if (p.columns != p.c && v < p.columns) {
+              const int q = p.by_c.divide(v);
+              c = v - q * p.c, oh = p.group[q].oh[0], ow = p.group[q].ow[0];
+            }
+            const bool inside = v < p.columns && lane % 8 < kChunks;
+            T* out = static_cast<T*>(p.out) + c;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              const int y = top[i] + oh, x = left[i] + ow, row = i * 4 + lane / 8;
+              if (unsigned(y) < unsigned(p.oh) && unsigned(x) < unsigned(p.ow) && inside)
+                *reinterpret_cast<uint4*>(out + int64_t(pixel[i] + oh * p.ow + ow) * p.c) =
+                    load_shared(own + row * 128 + ((lane % 8 ^ (row & 7)) << 4));
+            }
+          } else {
+            store_columns<T, kChunks>(p, g, own, pixel, top, left, t.block * columns + box_column[j], box_phase[j]);
+          }
+        }
+      }
+    }
+  }
+#endif
+}
+
+}  // namespace aeup

@@ -1,0 +1,36 @@
+#include "cuda/hopper.h"
+#include "cuda/hopper_gemm.cuh"
+
+namespace aeup {
+namespace {
+
+template <class T, int kConfig, bool kSmooth>
+const char* run(const GemmParams& p, void* stream) {
+  constexpr int BM = kGemmConfigs[kConfig].bm, BN = kGemmConfigs[kConfig].bn;
+  using S = GemmShape<BM, BN>;
+  const int64_t grid = p.tiles < multiprocessors() ? p.tiles : multiprocessors();
+  AEUP_LAUNCH((hopper_gemm<T, BM, BN, true, kSmooth>), grid, S::kThreads, S::kBytes, stream, p);
+  return nullptr;
+}
+
+template <class T, bool kSmooth>
+const char* dispatch(const GemmParams& p, int config, void* stream) {
+  switch (config) {
+    case 0: return run<T, 0, kSmooth>(p, stream);
+    case 1: return run<T, 1, kSmooth>(p, stream);
+    case 2: return run<T, 2, kSmooth>(p, stream);
+    case 3: return run<T, 3, kSmooth>(p, stream);
+    case 4: return run<T, 4, kSmooth>(p, stream);
+    default: return run<T, 5, kSmooth>(p, stream);
+  }
+}
+
+}  // namespace
+
+const char* launch_gemm_forward(const GemmParams& p, int config, DType dtype, void* stream) {
+  if (p.activation > int(Activation::relu))
+    return dtype == DType::bf16 ? dispatch<BFloat16, true>(p, config, stream) : dispatch<Half, true>(p, config, stream);
+  return dtype == DType::bf16 ? dispatch<BFloat16, false>(p, config, stream) : dispatch<Half, false>(p, config, stream);
+}
+
+}  // namespace aeup

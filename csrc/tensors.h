@@ -1,0 +1,100 @@
+// What the operators of ops*.cpp need to know of tensors: memory formats, dtypes, the current stream. LibTorch stable
+// ABI only, so that one binary serves every torch from 2.10.
+#pragma once
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "resample.h"
+
+#ifdef AEUP_WITH_CUDA
+// Weak: a torch without CUDA does not have it, and never calls a CUDA operator.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+#endif
+
+namespace aeup {
+
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+[[noreturn]] inline void fail(const char* op, const std::string& message) {
+  throw std::runtime_error(std::string(op) + ": " + message);
+}
+
+// TensorImpl::compute_strides_like_channels_last: torch's suggest_memory_format of a 4-D tensor.
+inline bool suggests_channels_last(const Tensor& x) {
+  const auto size = x.sizes();
+  const auto stride = x.strides();
+  if (stride[1] == 0) return false;
+  int64_t least = 0;
+  for (const int d : {1, 3, 2, 0}) {
+    if (size[d] == 0 || stride[d] < least || (d == 0 && least == stride[1])) return false;
+    least = stride[d];
+    if (size[d] > 1) least *= size[d];
+  }
+  return true;
+}
+
+// Strides of dimensions of size 1 do not matter.
+inline bool is_dense(const Tensor& x, bool channels_last) {
+  const auto size = x.sizes();
+  const auto stride = x.strides();
+  const int nchw[4] = {3, 2, 1, 0}, nhwc[4] = {1, 3, 2, 0};
+  int64_t expected = 1;
+  for (int i = 0; i < 4; ++i) {
+    const int d = channels_last ? nhwc[i] : nchw[i];
+    if (size[d] != 1 && stride[d] != expected) return false;
+    expected *= size[d];
+  }
+  return true;
+}
+
+inline MemoryFormat format_of(bool channels_last) {
+  return channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
+}
+inline Tensor dense(const Tensor& x, bool channels_last) {
+  return is_dense(x, channels_last) ? x : torch::stable::contiguous(x, format_of(channels_last));
+}
+inline Tensor empty_like(const Tensor& x, const std::vector<int64_t>& size, bool channels_last) {
+  return torch::stable::empty(size, x.scalar_type(), std::nullopt, x.device(), std::nullopt, format_of(channels_last));
+}
+
+inline std::optional<DType> dtype_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::Double: return DType::f64;
+    case ScalarType::Half: return DType::f16;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Byte: return DType::u8;
+    default: return std::nullopt;
+  }
+}
+
+#ifdef AEUP_WITH_CUDA
+inline void* current_stream(const char* op, const Tensor& x) {
+  void* stream = nullptr;
+  if (!aoti_torch_get_current_cuda_stream) fail(op, "this torch has no CUDA");
+  if (aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream) != 0) fail(op, "no current CUDA stream");
+  return stream;
+}
+// Device memory for the length of a call: torch's allocator keeps it in the order of the stream.
+struct Workspace {
+  Tensor memory;
+  void* data = nullptr;
+  Workspace(const Tensor& like, int64_t bytes) {
+    if (bytes <= 0) return;
+    memory = torch::stable::empty(std::vector<int64_t>{bytes}, ScalarType::Byte, std::nullopt, like.device());
+    data = memory.mutable_data_ptr();
+  }
+};
+#endif
+
+}  // namespace aeup

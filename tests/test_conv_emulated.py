@@ -1,0 +1,256 @@
+"""The CUDA convolution kernels without a GPU: csrc/cuda runs on the host (tests/emulate), against float64 torch.
+
+The emulator itself fails a run that reads outside the tensors, uses a misaligned vector, or stores an element of the
+result twice or not at all.
+"""
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from emulate.emulator import emulated, tensor  # noqa: F401
+from emulate.emulator_convolution import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, run, run_epilogue
+
+F32, F64, F16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat16
+ULP = {F32: 2.0**-23, F64: 2.0**-52, F16: 2.0**-10, BF16: 2.0**-7}
+
+
+@dataclass(frozen=True)
+class Case:
+    """input [n, ci, h, w]; co output channels; the rest as in conv_transpose2d, per axis."""
+
+    input: tuple
+    co: int
+    kernel: tuple = (4, 4)
+    stride: tuple = (2, 2)
+    padding: tuple = (1, 1)
+    extra: tuple = (0, 0)
+    groups: int = 1
+    dilation: tuple = (1, 1)
+
+    def __str__(self):
+        return (
+            "x".join(map(str, self.input))
+            + f"-{self.co}-"
+            + "-".join(
+                "".join(map(str, v)) for v in (self.kernel, self.stride, self.padding, self.extra, self.dilation)
+            )
+            + (f"-g{self.groups}" if self.groups > 1 else "")
+        )
+
+    @property
+    def weight(self):
+        return (self.input[1], self.co // self.groups, *self.kernel)
+
+    @property
+    def how(self):
+        return dict(stride=self.stride, padding=self.padding, groups=self.groups, dilation=self.dilation)
+
+    def forward(self, x, w, bias=None):
+        return F.conv_transpose2d(x, w, bias, output_padding=self.extra, **self.how)
+
+
+SLOPE = 0.0625
+
+
+def activate(y, activation, slope=SLOPE):
+    if activation == "none":
+        return y
+    if activation == "leaky_relu":
+        return F.leaky_relu(y, slope)
+    return torch.tanh(y) if activation == "tanh" else getattr(F, activation)(y)
+
+
+def close(got, want, dtype, terms, tf32=False):
+    """Within the rounding of the result and of sums of `terms` products in float32 (float64, tf32)."""
+    accumulate = ULP[F64] if dtype == F64 else 2.0**-12 if tf32 else ULP[F32]
+    scale = want.abs().max().item() or 1.0
+    bound = ULP[dtype] * want.abs() + (4 * math.sqrt(terms) * accumulate) * scale
+    assert torch.isfinite(got).all(), "unwritten (poisoned) or not finite"
+    assert ((got.double() - want).abs() <= bound).all()
+
+
+def check(
+    emulated,  # noqa: F811
+    case,
+    dtype,
+    nhwc,
+    weight_nhwc,
+    family,
+    passes=(FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT),
+    activation="none",
+    bias=True,
+    offset=0,
+    tf32=False,
+):
+    torch.manual_seed(0)
+    x, w = tensor(case.input, dtype, nhwc, offset), tensor(case.weight, dtype, weight_nhwc, offset)
+    b = tensor((1, case.co, 1, 1), dtype).flatten() if bias else None
+    x64, w64 = x.double().requires_grad_(), w.double().requires_grad_()
+    y = case.forward(x64, w64, b.double() if bias else None)
+    grad = tensor(tuple(y.shape), dtype, nhwc, offset)
+    shapes = (case.input, case.weight, tuple(y.shape))
+    how = dict(shapes=shapes, channels_last=nhwc, weight_channels_last=weight_nhwc, tf32=tf32, **case.how)
+    gx, gw = torch.autograd.grad(y, (x64, w64), grad.double())
+    taps = math.prod(case.kernel)
+    if FORWARD in passes:
+        got = tensor(tuple(y.shape), dtype, nhwc, offset, fill=math.nan)
+        run(emulated, family, FORWARD, got, input=x, weight=w, bias=b, activation=activation, slope=SLOPE, **how)
+        close(got, activate(y.detach(), activation), dtype, taps * case.input[1], tf32)
+    if INPUT_GRADIENT in passes:
+        got = tensor(case.input, dtype, nhwc, offset, fill=math.nan)
+        run(emulated, family, INPUT_GRADIENT, got, weight=w, grad=grad, **how)
+        close(got, gx, dtype, taps * case.co, tf32)
+    if WEIGHT_GRADIENT in passes:
+        got = tensor(case.weight, dtype, weight_nhwc, offset, fill=math.nan)
+        run(emulated, family, WEIGHT_GRADIENT, got, input=x, grad=grad, **how)
+        close(got, gw, dtype, case.input[0] * math.prod(case.input[2:]), tf32)
+
+
+GENERIC = [
+    Case((2, 8, 5, 7), 12),
+    Case((1, 16, 3, 4), 40, (3, 3), (2, 2), (1, 1), (1, 1)),
+    Case((3, 5, 4, 3), 70, (2, 2), (2, 2), (0, 0)),
+    Case((1, 3, 6, 5), 7, (3, 5), (1, 3), (2, 1), (0, 2), 1, (2, 1)),
+    Case((2, 12, 3, 3), 5, (4, 1), (3, 1), (0, 0), (1, 0), 1, (2, 3)),
+    Case((1, 10, 5, 4), 9, (3, 4), (4, 6), (1, 2), (3, 5), 1, (6, 4)),
+    Case((2, 9, 1, 1), 33, (4, 4), (1, 1), (0, 0)),
+    Case((1, 32, 3, 5), 32, (3, 3), (2, 1), (1, 1), (1, 0), 2),
+    Case((1, 6, 5, 6), 6, (4, 4), (2, 2), (1, 1), (0, 0), 6),
+    Case((2, 6, 4, 3), 12, (3, 3), (2, 2), (1, 0), (1, 0), 3),
+    Case((1, 4, 7, 300), 3, (5, 5), (2, 2), (2, 2), (1, 1), 1),
+]
+LAYOUTS = {"nchw": (False, False), "nhwc": (True, True), "mixed": (False, True), "mixed2": (True, False)}
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("case", GENERIC, ids=str)
+def test_generic(emulated, case, layout):  # noqa: F811
+    check(emulated, case, F32, *LAYOUTS[layout], "generic")
+
+
+@pytest.mark.parametrize("dtype", [F64, F16, BF16], ids=str)
+@pytest.mark.parametrize("case", [GENERIC[1], GENERIC[2], GENERIC[3], GENERIC[8]], ids=str)
+def test_generic_dtypes(emulated, case, dtype):  # noqa: F811
+    for layout in ("nchw", "nhwc"):
+        check(emulated, case, dtype, *LAYOUTS[layout], "generic")
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_generic_layouts_of_the_weight(emulated, dtype):  # noqa: F811
+    """A weight in the other layout, tensors off alignment, and a weight large enough to be packed."""
+    for layout in ("mixed", "mixed2"):
+        check(emulated, GENERIC[0], dtype, *LAYOUTS[layout], "generic")
+    check(emulated, GENERIC[1], dtype, True, True, "generic", offset=1)
+    check(emulated, Case((2, 3, 40, 33), 4), dtype, True, False, "generic", passes=(0, 1))
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "silu", "gelu", "tanh", "sigmoid"])
+def test_generic_activations(emulated, activation):  # noqa: F811
+    for case in (GENERIC[0], GENERIC[8]):
+        check(emulated, case, F32, True, True, "generic", (FORWARD,), activation)
+        check(emulated, case, F64, False, False, "generic", (FORWARD,), activation, bias=False)
+
+
+def test_unknown_family(emulated):  # noqa: F811
+    with pytest.raises(RuntimeError, match="no family 'fast'; the families are hopper few generic"):
+        check(emulated, GENERIC[0], F32, False, False, "fast")
+
+
+def check_epilogue(emulated, shape, dtype, nhwc, activation, bias=True, offset=0, other_offset=0):  # noqa: F811
+    torch.manual_seed(0)
+    grad = tensor(shape, dtype, nhwc, offset)
+    before = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    value = activate(before, activation)
+    output = want = None
+    if activation != "none":
+        output = tensor(shape, dtype, nhwc, other_offset, fill=0.0)
+        output.copy_((before if activation in ("silu", "gelu") else value).detach())
+        at = output.double().requires_grad_()
+        if activation in ("silu", "gelu"):
+            (want,) = torch.autograd.grad(activate(at, activation), at, grad.double())
+        else:
+            slopes = {"relu": (at > 0).double(), "leaky_relu": torch.where(at > 0, 1.0, SLOPE), "tanh": 1 - at**2}
+            want = grad.double() * slopes.get(activation, at * (1 - at)).detach()
+    got, total = run_epilogue(emulated, grad, output, activation, SLOPE, bias, nhwc, offset)
+    if want is not None:
+        close(got, want.detach(), dtype, 4)
+    if bias:
+        sums = (grad.double() if want is None else want.detach()).sum((0, 2, 3))
+        scale = grad.double().abs().sum((0, 2, 3)).max()
+        bound = ULP[dtype] * sums.abs() + (ULP[F64] if dtype == F64 else ULP[F32]) * 4 * scale
+        assert ((total.double() - sums).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("nhwc", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", [F32, F64, F16, BF16], ids=str)
+def test_epilogue(emulated, dtype, nhwc):  # noqa: F811
+    for shape in ((2, 3, 7, 5), (3, 64, 4, 4), (1, 1, 1, 3), (2, 5, 1, 1), (1, 3, 60, 61), (5, 12, 2, 9)):
+        check_epilogue(emulated, shape, dtype, nhwc, "none")
+        check_epilogue(emulated, shape, dtype, nhwc, "relu")
+        check_epilogue(emulated, shape, dtype, nhwc, "tanh", offset=1, other_offset=1)
+        check_epilogue(emulated, shape, dtype, nhwc, "leaky_relu", offset=1)
+    for activation in ("silu", "gelu", "sigmoid"):
+        check_epilogue(emulated, (2, 3, 7, 5), dtype, nhwc, activation)
+    check_epilogue(emulated, (2, 3, 7, 5), dtype, nhwc, "relu", bias=False)
+
+
+def test_epilogue_of_many_channels_and_images(emulated):  # noqa: F811
+    for shape in ((2, 2053, 2, 2), (3, 1001, 1, 2), (1, 4100, 1, 1), (700, 2, 3, 4), (1, 2, 150, 170)):
+        for nhwc in (False, True):
+            check_epilogue(emulated, shape, BF16, nhwc, "relu")
+            check_epilogue(emulated, shape, F32, nhwc, "none")
+
+
+FEW = [
+    Case((1, 32, 6, 8), 3),
+    Case((2, 64, 5, 32), 3),
+    Case((1, 40, 9, 36), 1),
+    Case((1, 24, 3, 65), 4, (3, 3), (2, 2), (1, 1), (1, 1)),
+    Case((3, 8, 7, 5), 2, (2, 3), (2, 2), (0, 0)),
+    Case((1, 7, 4, 6), 3, (4, 3), (2, 2), (1, 0), (1, 0)),
+    Case((1, 16, 2, 133), 3, (4, 4), (2, 2), (1, 1), (0, 1)),
+    Case((1, 8, 1, 1), 1, (1, 2), (2, 2), (0, 1), (0, 1)),
+]
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16, F32], ids=str)
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("case", FEW, ids=str)
+def test_few(emulated, case, layout, dtype):  # noqa: F811
+    check(emulated, case, dtype, *LAYOUTS[layout], "few", activation="relu")
+
+
+def test_few_layouts_of_the_weight(emulated):  # noqa: F811
+    for layout in ("mixed", "mixed2"):
+        check(emulated, FEW[0], BF16, *LAYOUTS[layout], "few", activation="tanh")
+    for layout in ("nchw", "nhwc"):
+        check(emulated, FEW[0], F16, *LAYOUTS[layout], "few", offset=1)
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_few_channels_of_many(emulated, layout):  # noqa: F811
+    """More groups of channels than warps, several tiles per block, tf32."""
+    check(emulated, Case((1, 136, 3, 12), 1), F32, *LAYOUTS[layout], "few")
+    check(emulated, Case((1, 72, 9, 4), 4), BF16, *LAYOUTS[layout], "few")
+    check(emulated, Case((3, 16, 17, 4), 3), F16, *LAYOUTS[layout], "few")
+    check(emulated, Case((1, 40, 4, 8), 3), F32, *LAYOUTS[layout], "few", tf32=True)
+
+
+@pytest.mark.parametrize(
+    "case, dtype, why",
+    [
+        (Case((1, 8, 4, 4), 5), F32, "more than 4 output channels"),
+        (Case((1, 8, 4, 4), 3), F64, "float64"),
+        (Case((1, 8, 4, 4), 4, groups=2), F32, "groups"),
+        (Case((1, 8, 4, 4), 3, stride=(2, 1)), F32, "a stride other than 2"),
+        (Case((1, 8, 4, 4), 3, kernel=(4, 5)), F32, "a kernel outside"),
+        (Case((1, 4096, 1, 1), 3), F32, "too many input channels"),
+    ],
+    ids=lambda v: str(v).replace(" ", "_"),
+)
+def test_few_refuses(emulated, case, dtype, why):  # noqa: F811
+    with pytest.raises(RuntimeError, match=f"refused: few: {why}"):
+        check(emulated, case, dtype, False, False, "few", (FORWARD,))
