@@ -15,12 +15,18 @@ _ORDER = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
 
 @dataclass(frozen=True, eq=False)
 class Kernel:
-    """A backend's implementation of an op. `run` and `refuses` take the op's arguments; `refuses` gives a reason or
-    None; `label`, if given, names what would run within the backend (its argument is made of meta tensors)."""
+    """A backend's implementation of an op. `run`, `refuses` and `yields` take the op's arguments. `refuses` gives the
+    reason why it cannot serve the call, or None; `yields`, if given, why the choice "auto" goes on to the next backend
+    although it could; `label`, if given, names what would run within the backend (its tensors are meta tensors)."""
 
     run: Callable[..., Any]
     refuses: Callable[..., str | None]
     label: Callable[..., str] | None = None
+    yields: Callable[..., str | None] | None = None
+
+    def passes(self, *args) -> str | None:
+        """Why "auto" does not take it, or None."""
+        return self.refuses(*args) or (self.yields(*args) if self.yields else None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +87,7 @@ def choose(op: Op, src: torch.Tensor, args: tuple, name: str | None = None) -> K
         return kernel
     for candidate in _ORDER["cpu"] if src.is_cpu else _ORDER.get(src.device.type, ("torch",)):
         kernel = op.kernels[candidate]
-        if kernel.refuses(*args) is None:
+        if kernel.passes(*args) is None:
             return kernel
     raise BackendError(f"{op.name}: no backend serves this call on {src.device}")
 
@@ -136,7 +142,7 @@ def _on_meta(x):
 def _explained(op: Op, device: torch.device, args: tuple, call: str) -> Choice:
     name = get_backend()
     order = _ORDER.get(device.type, ("torch",)) if name == "auto" else (name,)
-    reasons = {n: op.kernels[n].refuses(*args) for n in NAMES}
+    reasons = {n: (k.passes if name == "auto" else k.refuses)(*args) for n, k in op.kernels.items()}
     taken = next((n for n in order if reasons[n] is None), None)
     if taken is None:
         return Choice(op.name, call, "none", "", {n: r or "not asked for" for n, r in reasons.items()})

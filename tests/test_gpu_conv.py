@@ -47,13 +47,22 @@ def theirs(case, tensors, activation=None):
         torch.use_deterministic_algorithms(True)
 
 
-def check(case, dtype, layout, backend, activation=None):
+def rounded_to_tf32(t):
+    return ((t.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+def check(case, dtype, layout, backend, activation=None, tf32=False):
     tensors = case.tensors(dtype, layout, "cuda")
     with aeup.backend(backend):
         got = run(aeup.conv_transpose2d, case, tensors, activation)
-    other = theirs(case, tensors, activation)
     exact = theirs(case, [t.double() for t in tensors], activation)
-    assert got[0].dtype == dtype and got[0].stride() == other[0].stride()
+    other = theirs(case, tensors, activation)
+    assert got[0].dtype == dtype
+    # Where cuDNN does not serve (float64, outputs past the last tap), torch loses channels-last; aeup keeps it.
+    kept = layout == "nhwc" and got[0].is_contiguous(memory_format=torch.channels_last)
+    assert got[0].stride() == other[0].stride() or kept
+    if tf32:  # torch may use tf32 and often does not: its budget is the error of rounding what is multiplied
+        other = [t.float() for t in theirs(case, [rounded_to_tf32(t).double() for t in tensors], activation)]
     check_all(*([t.cpu() for t in group] for group in (got, exact, other)))
 
 
@@ -64,7 +73,7 @@ def test_all_passes_within_budget(case, dtype, backend):
     for layout in LAYOUTS:
         for precision in ("ieee", "tf32") if dtype is torch.float32 else ("ieee",):
             with float32_precision(precision):
-                check(case, dtype, layout, backend)
+                check(case, dtype, layout, backend, tf32=precision == "tf32")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from aeup import _native
 from aeup.backends import Kernel, Op
+from aeup.ops.conv_choice import why_torch
 from aeup.ops.conv_shapes import Geometry, W, X, Y
 
 ACTIVATIONS = ("relu", "leaky_relu", "silu", "gelu", "tanh", "sigmoid")
@@ -276,7 +277,7 @@ def _cuda_refusal(t: Tensor, name: str, g: Geometry | None = None) -> str | None
 
 
 def _label(kind: int):
-    def label(device, a, b, *rest) -> str:
+    def label(device, a, b, *rest, tf32: bool | None = None) -> str:
         g = next(r for r in rest if isinstance(r, Geometry))
         n, layout = a.shape[0], torch.contiguous_format
         if kind != Y and a.is_contiguous(memory_format=_LAST) and not a.is_contiguous():
@@ -287,10 +288,40 @@ def _label(kind: int):
         capability = torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (0, 0)
         number = {Y: 0, X: 1, W: 2}[kind]
         return torch.ops.aeup_native.conv_transpose2d_kernel.default(
-            x, w, *_forward_args(g), number, _tf32(a), *capability
+            x, w, *_forward_args(g), number, _tf32(a) if tf32 is None else tf32, *capability
         )
 
     return label
+
+
+_PASS = {Y: "forward", X: "input_gradient", W: "weight_gradient"}
+
+
+@lru_cache(4096)
+def _cuda_yields_to_torch(
+    kind: int, g: Geometry, n: int, dtype: torch.dtype, tf32: bool, last: bool, device
+) -> str | None:
+    shapes = {Y: (n, g.ci, g.ih, g.iw), X: (n, g.co, g.oh, g.ow), W: (n, g.co, g.oh, g.ow)}
+    others = {W: (n, g.ci, g.ih, g.iw)}
+    layout = _LAST if last else torch.contiguous_format
+    weight = (g.ci, g.co // g.groups, g.kh, g.kw)
+    a, b = (
+        torch.empty(shape, dtype=dtype, device="meta", memory_format=layout)
+        for shape in (shapes[kind], others.get(kind, weight))
+    )
+    family = _label(kind)(device, a, b, g, tf32=tf32).split(" ")[0]
+    name = torch.cuda.get_device_name(device) if torch.cuda.is_available() else ""
+    kind_of = "tf32" if tf32 else str(dtype)[6:]
+    return why_torch(name, family, _PASS[kind], kind_of, "NHWC" if last else "NCHW", n * g.ih * g.iw)
+
+
+def _cuda_yields(kind: int):
+    def yields(a, b, *rest) -> str | None:
+        g = rest[1] if kind == Y else rest[0]
+        last = any(t.is_contiguous(memory_format=_LAST) and not t.is_contiguous() for t in (a, b))
+        return _cuda_yields_to_torch(kind, g, a.shape[0], a.dtype, _tf32(a), last, a.device)
+
+    return yields
 
 
 # --- triton ---
@@ -317,7 +348,10 @@ def _triton_kernel(name: str, arguments) -> Kernel:
         tf32 = {} if name == "conv_epilogue_gradient" else {"tf32": _tf32(args[0])}
         return getattr(_triton(), name)(*arguments(*args), **tf32)
 
-    return Kernel(run, refuses)
+    def yields(*args):
+        return "not measured against cuDNN yet: ask for it by name"
+
+    return Kernel(run, refuses, yields=yields)
 
 
 def _public_y(x, w, bias, g, activation, slope):
@@ -345,7 +379,7 @@ def _serves(*args) -> None:
 
 def _map_op(kind: int, name: str, cuda, refuses, cpu, cpu_refuses, reference, public) -> Op:
     kernels = {
-        "cuda": Kernel(cuda, refuses, _label(kind)),
+        "cuda": Kernel(cuda, refuses, _label(kind), _cuda_yields(kind)),
         "triton": _triton_kernel(name, public),
         "cpu": Kernel(cpu, cpu_refuses, lambda device, *args: _cpu_label(kind, *args)),
         "torch": Kernel(reference, _serves),
