@@ -7,6 +7,7 @@ Environment: AEUP_CUDA=0 leaves CUDA out, AEUP_CUDA=1 insists on it; TORCH_CUDA_
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -64,6 +65,19 @@ def gencode():
     return flags, names
 
 
+def with_headers(source, seen=None):
+    """A source and the headers of csrc/ that it includes, and those include."""
+    seen = set() if seen is None else seen
+    if source not in seen:
+        seen.add(source)
+        for name in re.findall(r'^#include "(.+?)"', source.read_text(), re.MULTILINE):
+            for header in (source.parent / name, CSRC / name):
+                if header.exists():
+                    with_headers(header.resolve(), seen)
+                    break
+    return seen
+
+
 class BuildExt(build_ext):
     def run(self):
         self.in_source = self.inplace or self.editable_mode  # setuptools clears inplace while it builds
@@ -110,13 +124,11 @@ class BuildExt(build_ext):
                 target = hopper if source.name.startswith("hopper") else flags
                 jobs.append((obj, source, [*nvcc, *target, "-c", str(source), "-o", str(obj)]))
 
-        headers = max(f.stat().st_mtime for f in CSRC.rglob("*.*h"))
-
         def compile_one(job):
             obj, source, command = job
             stamp = obj.with_suffix(".cmd")
             text = shlex.join(command)
-            newest = max(headers, source.stat().st_mtime)
+            newest = max(f.stat().st_mtime for f in with_headers(source))
             if obj.exists() and stamp.exists() and stamp.read_text() == text and obj.stat().st_mtime > newest:
                 return
             print(f"compiling {source.relative_to(ROOT)} -> {obj.name}", flush=True)

@@ -30,5 +30,19 @@ def _load():
     return None
 
 
+def raise_if_out_of_memory(error: RuntimeError, device: torch.device) -> None:
+    """torch.OutOfMemoryError where an operator of the extension failed for lack of memory on `device`. The stable ABI
+    loses the type of torch's errors, and in torch 2.11 their text too: only the call that failed is known."""
+    text = str(error)
+    if "out of memory" in text:
+        raise torch.OutOfMemoryError(text) from error
+    if '"aten::empty"' in text and "API call failed" in text:
+        text = f"aeup: out of memory: torch could not allocate a result or a workspace on {device}"
+        if device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(device)
+            text += f", which has {free / 2**30:.2f} of {total / 2**30:.2f} GiB free"
+        raise torch.OutOfMemoryError(text) from error
+
+
 missing = _load()  # None, or the reason
 cuda = missing is None and bool(build_info().get("cuda"))

@@ -155,7 +155,7 @@ def test_generic_activations(emulated, activation):  # noqa: F811
 
 
 def test_unknown_family(emulated):  # noqa: F811
-    with pytest.raises(RuntimeError, match="no family 'fast'; the families are hopper few generic"):
+    with pytest.raises(RuntimeError, match="no family 'fast'; the families are hopper hopper_float few generic"):
         check(emulated, GENERIC[0], F32, False, False, "fast")
 
 
@@ -202,6 +202,19 @@ def test_epilogue_of_many_channels_and_images(emulated):  # noqa: F811
         for nhwc in (False, True):
             check_epilogue(emulated, shape, BF16, nhwc, "relu")
             check_epilogue(emulated, shape, F32, nhwc, "none")
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_epilogue_of_few_channels(emulated, dtype):  # noqa: F811
+    """Every period of the channels of a vector; one block and several; tensors off alignment."""
+    for c in range(1, 41):
+        check_epilogue(emulated, (3, c, 29, 11 + 180 // c), dtype, True, "relu")
+        check_epilogue(emulated, (2, c, 13, 11), dtype, True, "none", offset=3)
+        check_epilogue(emulated, (1, c, 3, 5), dtype, True, "gelu", offset=1, other_offset=1)
+        check_epilogue(emulated, (5, c, 5, 7), dtype, False, "leaky_relu")
+    for shape in ((4, 1, 28, 28), (2, 255, 9, 5), (2, 256, 9, 5), (2, 257, 9, 5)):
+        check_epilogue(emulated, shape, dtype, True, "sigmoid")
+        check_epilogue(emulated, shape, dtype, False, "relu", bias=False)
 
 
 FEW = [

@@ -126,6 +126,8 @@ CASES = [
     ("bicubic", BF16, True, (1, 8, 24, 7), (48, 14), PAIR),
     ("bicubic", F16, True, (1, 4, 3, 2), (6, 4), PAIR),
     ("bicubic", BF16, True, (2, 8, 2, 3), (3, 6), PAIR),
+    ("bicubic", BF16, True, (1, 512, 5, 4), (10, 8), PAIR),
+    ("bicubic", F16, True, (1, 516, 2, 8), (4, 16), PAIR),
     ("nearest", F32, True, (2, 4, 7, 9), (16, 25), WINDOW),
     ("nearest", BF16, True, (1, 8, 7, 9), (16, 36), WINDOW),
     ("nearest-exact", F16, True, (1, 12, 5, 9), (9, 13), WINDOW),

@@ -228,9 +228,8 @@ def _raw(name: str):
 def _call(name: str, *args):
     try:
         return _raw(name)(*args)
-    except RuntimeError as error:  # the stable ABI loses the type
-        if "out of memory" in str(error):
-            raise torch.OutOfMemoryError(str(error)) from error
+    except RuntimeError as error:
+        _native.raise_if_out_of_memory(error, args[0].device)
         raise
 
 

@@ -60,9 +60,8 @@ _native_op = None if _native.missing else torch.ops.aeup_native.interpolate.defa
 def _native_run(src: Tensor, m: Map, backward: bool) -> Tensor:
     try:
         return _native_op(src, *_native_args(m), backward)
-    except RuntimeError as error:  # the stable ABI loses the type
-        if "out of memory" in str(error):
-            raise torch.OutOfMemoryError(str(error)) from error
+    except RuntimeError as error:
+        _native.raise_if_out_of_memory(error, src.device)
         raise
 
 

@@ -1,15 +1,16 @@
-// Backward at exactly x2 along the rows in NHWC: a thread makes V channels of two neighbouring grad-input pixels, so
-// that 2 + 2K loads (4 for K = 1) serve both.
+// Backward at exactly x2 along the rows in NHWC: a thread makes V channels of NC neighbouring grad-input pixels, so
+// that its 2 NC + 2 E loads serve all of them.
 #include "backward_walk.cuh"
 
 namespace aeup::back {
 namespace {
 
-template <class T_, int K_, int V>
+template <class T_, int K_, int V, int NC>
 struct PairX2 {
   using T = T_;
-  static constexpr int K = K_, N = 2 * V;                               // order of the elements: pixel, channel
-  static constexpr int E = K == 4 ? 3 : K == 2 ? 1 : 0, L = 4 + 2 * E;  // pixels read on each side, in all
+  static constexpr int K = K_, N = NC * V;                                   // order of the elements: pixel, channel
+  static constexpr int E = K == 4 ? 3 : K == 2 ? 1 : 0, L = 2 * NC + 2 * E;  // pixels read on each side, in all
+  static constexpr int es = int(sizeof(T));
   static constexpr bool sparse = false;
   struct Row {
     Raw<T, V> pixel[L];
@@ -18,61 +19,66 @@ struct PairX2 {
       for (int i = 0; i < L; ++i) pixel[i].clear();  // stay zero beyond the edges
     }
   };
-  int c, left;  // grad-output pixels from the pair's first to the row's end
+  int c, left;  // grad-output pixels from the group's first to the row's end
   bool first, last, single;
 
   AEUP_DEV PairX2(const WalkArgs& p, int g, unsigned, unsigned, const float*) {
     const int j = g / p.chunks;
-    c = p.c, left = p.u.out - 4 * j;
-    first = j == 0, single = left == 2, last = left == 4;  // an odd width ends in half a pair
+    c = p.c, left = p.u.out - 2 * NC * j;
+    first = j == 0, last = left == 2 * NC, single = NC == 2 && left == 2;  // an odd width ends in half a pair
   }
   AEUP_DEV int64_t read_at(const WalkArgs& p, int g) const {
     const int j = g / p.chunks;
-    return int64_t(4 * j) * c + (g - j * p.chunks) * V;
+    return int64_t(2 * NC * j) * c + (g - j * p.chunks) * V;
   }
   AEUP_DEV int64_t write_at(const WalkArgs& p, int g) const {
     const int j = g / p.chunks;
-    return int64_t(2 * j) * c + (g - j * p.chunks) * V;
+    return int64_t(NC * j) * c + (g - j * p.chunks) * V;
+  }
+  AEUP_DEV void ahead(const T* x) const {
+    constexpr int share = 32 / (V * es);  // threads of a sector: each prefetches it for other pixels
+    const int own = int(threadIdx.x) % share;
+#pragma unroll
+    for (int i = 0; i < 2 * NC; i += share)
+      if (i + own < left && i + own < 2 * NC) prefetch_l2(x + int64_t(i + own) * c);
   }
   AEUP_DEV void load(const T* x, Row& q) const {
 #pragma unroll
     for (int i = 0; i < L; ++i) {
-      const int at = i - E;  // left is even: 2, 4, 6 (before half a pair) or more than at
-      if (at < 0 ? !first : (at < 2 || left > (at < 4 ? 2 : at < 6 ? 4 : 6))) q.pixel[i].load(x + int64_t(at) * c);
+      const int at = i - E;
+      const bool inside = at < 0 ? !first : NC == 2 ? at < 2 || left > (at & ~1) : at < 2 * NC || !last;
+      if (inside) q.pixel[i].load(x + int64_t(at) * c);
     }
   }
   AEUP_DEV void reduce(const Row& q, float* h) const {
-    float a[2 * K], b[2 * K];  // weights of the two pixels
-#pragma unroll
-    for (int t = 0; t < 2 * K; ++t) {
-      const float w = x2_weight<K>(t), e = x2_edge_weight<K>(t), m = x2_edge_weight<K>(2 * K - 1 - t);
-      a[t] = first && x2_edge_differs<K>(t) ? e : (single && x2_edge_differs<K>(2 * K - 1 - t) ? m : w);
-      b[t] = last && x2_edge_differs<K>(2 * K - 1 - t) ? m : w;
-    }
-#pragma unroll
-    for (int v = 0; v < N; ++v) h[v] = 0;
 #pragma unroll
     for (int i = 0; i < L; ++i) {
       float f[V];
       q.pixel[i].unpack(f);
 #pragma unroll
-      for (int v = 0; v < V; ++v) {
-        if (i < 2 * K)
-          h[v] =
-              i == 0 ? (K == 1 ? f[v] : a[0] * f[v]) : (K == 1 ? h[v] + f[v] : fmaf(a[i < 2 * K ? i : 0], f[v], h[v]));
-        if (i >= 2)
-          h[V + v] = i == 2 ? (K == 1 ? f[v] : b[0] * f[v])
-                            : (K == 1 ? h[V + v] + f[v] : fmaf(b[i >= 2 ? i - 2 : 0], f[v], h[V + v]));
+      for (int n = 0; n < NC; ++n) {
+        const int t = i - 2 * n, m = 2 * K - 1 - t;  // the tap of pixel n, and counted from the window's end
+        if (t < 0 || m < 0) continue;
+        float w = x2_weight<K>(t);
+        if (x2_edge_differs<K>(m) && (n == NC - 1 || NC == 2))
+          w = (n == NC - 1 ? last : single) ? x2_edge_weight<K>(m) : w;
+        if (x2_edge_differs<K>(t) && n == 0) w = first ? x2_edge_weight<K>(t) : w;
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+          float& sum = h[n * V + v];
+          sum = t == 0 ? (K == 1 ? f[v] : w * f[v]) : (K == 1 ? sum + f[v] : fmaf(w, f[v], sum));
+        }
       }
     }
   }
   AEUP_DEV void store(T* y, const WalkArgs&, const float* f) const {
-    Raw<T, V> out;
-    out.pack(f);
-    out.store(y);
-    if (single) return;
-    out.pack(f + V);
-    out.store(y + c);
+#pragma unroll
+    for (int n = 0; n < NC; ++n) {
+      if (n > 0 && single) return;
+      Raw<T, V> out;
+      out.pack(f + n * V);
+      out.store(y + int64_t(n) * c);
+    }
   }
 };
 
@@ -83,15 +89,17 @@ int channels_per_thread(const Problem& p) {
   return at >= 4 * es ? 4 : 0;
 }
 
-template <class T, int K, int V>
+// Rows in flight (D), on their way to L2 (P) and per strip, least blocks (MB): as in the fastest variants on an H100.
+template <class T, int K, int V, int NC, int P = 0>
 const char* tuned(const Problem& p, void* stream) {
-  // Rows in flight and per strip as in the fastest prototype on an H100; blocks as the registers allow.
-  constexpr int D = K == 2 ? 2 : 1, MB = sizeof(T) == 2 && (K == 4 || (K == 2 && V == 4)) ? 5 : 1;
-  constexpr int want = K == 1 ? 2 : K == 2 ? 16 : sizeof(T) == 2 ? 22 : 32;
+  constexpr bool narrow = sizeof(T) == 2;
+  constexpr int D = K == 2 && !narrow ? 2 : 1;
+  constexpr int MB = !narrow || K == 1 ? 1 : K == 4 ? 5 : V == 8 ? 4 : 8;
+  constexpr int want = K == 1 ? 2 : K == 2 ? (narrow && V == 4 ? 8 : 16) : narrow ? 22 : 32;
   WalkArgs a = walk_args(p);
   a.chunks = int(p.c / V);
-  a.groups = int(ceil_div(p.iw, 2)) * a.chunks;
-  return launch_walk<PairX2<T, K, V>, D, MB>(p, a, want, 0, stream);
+  a.groups = int(ceil_div(p.iw, NC)) * a.chunks;
+  return launch_walk<PairX2<T, K, V, NC>, D, MB, P>(p, a, want, 0, stream);
 }
 
 }  // namespace
@@ -107,8 +115,13 @@ const char* launch_pair_x2(const Problem& p, void* stream) {
     using T = decltype(t);
     constexpr int K = decltype(taps)::value;
     if constexpr (K == 2 && sizeof(T) == 2)
-      if (channels_per_thread(p) == 8) return tuned<T, K, 8>(p, stream);
-    return tuned<T, K, 4>(p, stream);
+      if (channels_per_thread(p) == 8) return tuned<T, K, 8, 2>(p, stream);
+    if constexpr (K == 4 && sizeof(T) == 2) {
+      // Where the channels of a pixel fill a block, neighbouring groups share no L1: their rows come ahead of time.
+      if (p.c / 4 >= kWalkBlock) return tuned<T, K, 4, 2, 2>(p, stream);
+      if (p.iw % 4 == 0) return tuned<T, K, 2, 4>(p, stream);
+    }
+    return tuned<T, K, 4, 2>(p, stream);
   });
 }
 

@@ -39,6 +39,10 @@ struct RowX2 {
       wl[t] = first ? e : (V == 1 ? wr[t] : w);
     }
   }
+  AEUP_DEV void ahead(const T* x) const {
+#pragma unroll
+    for (int i = 0; i < C * es; i += 32) prefetch_l2(reinterpret_cast<const char*>(x) + i);
+  }
   AEUP_DEV void load(const T* x, Row& q) const {
     q.middle.load(x);
     constexpr int words = AH < 4 ? 1 : AH / 4;
@@ -105,20 +109,20 @@ int pixels_per_thread(const Problem& p) {
   return 0;
 }
 
-template <class S, int D, int MB>
+template <class S, int D, int MB, int P>
 const char* run(const Problem& p, int pixels, int want, void* stream) {
   WalkArgs a = walk_args(p);
   a.groups = int(p.iw / pixels);
-  return launch_walk<S, D, MB>(p, a, want, 0, stream);
+  return launch_walk<S, D, MB, P>(p, a, want, 0, stream);
 }
-// Rows in flight and per strip as in the fastest prototypes on an H100; blocks as the registers allow.
+// Rows in flight, ahead in L2 (P) and per strip as in the fastest variants on an H100; blocks as the registers allow.
 template <class T, int K, int V, int CC>
 const char* tuned(const Problem& p, void* stream) {
   constexpr bool narrow = sizeof(T) == 2;
   constexpr int D = K == 1 && (CC == 1 ? narrow : !narrow) ? 2 : 1;
   constexpr int MB = K < 4 || (CC == 3 && narrow) ? 1 : CC == 3 ? 4 : narrow ? 6 : 7;
-  constexpr int want = K == 1 ? 2 : K == 2 ? 8 : narrow ? 16 : 24;
-  return run<RowX2<T, K, V, CC>, D, MB>(p, V, want, stream);
+  constexpr int want = K == 1 ? 2 : K == 2 ? 8 : narrow ? 16 : 24, P = K == 4 && V == 8 ? 2 : 0;
+  return run<RowX2<T, K, V, CC>, D, MB, P>(p, V, want, stream);
 }
 
 }  // namespace

@@ -18,8 +18,9 @@ struct WalkArgs {
   int rows, strips, entries;
 };
 
-// S: how a thread reads and reduces one grad-output row. D rows are in flight. MB: least blocks on a multiprocessor.
-template <class S, int D, int MB>
+// S: how a thread reads and reduces one grad-output row. D rows are in flight, P more on their way to L2. MB: least
+// blocks on a multiprocessor.
+template <class S, int D, int MB, int P>
 __global__ void __launch_bounds__(kWalkBlock, MB) walk_rows(const WalkArgs p) {
   using T = typename S::T;
   constexpr int K = S::K, N = S::N;
@@ -60,6 +61,11 @@ __global__ void __launch_bounds__(kWalkBlock, MB) walk_rows(const WalkArgs p) {
   if (D == 2) raw1.clear();
   if (mine && n > 0) s.load(x, raw0);
   if (D == 2 && mine && n > 1) s.load(x + step_in, raw1);
+  if constexpr (P > 0) {
+#pragma unroll
+    for (int i = D; i < D + P; ++i)
+      if (mine && i < n) s.ahead(x + i * step_in);
+  }
   x += D * step_in;  // the row to load next
   if constexpr (!S::sparse) {
     if (!vertical_table()) return;  // made while the first rows are on their way
@@ -78,6 +84,8 @@ __global__ void __launch_bounds__(kWalkBlock, MB) walk_rows(const WalkArgs p) {
     const Weights<K, float> w = weights[o];
     ++o;
     if (o + D - 1 < n) s.load(x, raw);
+    if constexpr (P > 0)
+      if (o + D - 1 + P < n) s.ahead(x + P * step_in);
     x += step_in;
     next = firsts[o];
 #pragma unroll
@@ -141,11 +149,11 @@ AEUP_DEV constexpr bool x2_edge_differs(int t) {
 }
 
 // Runs one instance over all planes, in as many launches as its 32-bit thread numbers need.
-template <class S, int D, int MB>
+template <class S, int D, int MB, int P = 0>
 const char* launch_walk(const Problem& p, WalkArgs a, int want, size_t table, void* stream) {
   static std::atomic<uint64_t> known{0};
   constexpr int K = S::K;
-  const auto kernel = walk_rows<S, D, MB>;
+  const auto kernel = walk_rows<S, D, MB, P>;
   const int64_t planes = planes_of(p), most = max_threads > a.groups ? max_threads / a.groups : 1;
   want = bounded_rows(a.v, want);
   a.rows = want;

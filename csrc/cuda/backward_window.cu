@@ -1,21 +1,24 @@
 // Backward at scales up to 3 along the rows in NHWC: a thread makes V channels of one or two neighbouring grad-input
-// pixels from a window of L grad-output pixels, with dense weights in registers.
+// pixels from a window of L grad-output pixels, with dense weights: in registers, or (`shared`) read from shared memory
+// for every row, where the registers are worth more as accumulators of more warps.
 #include "backward_walk.cuh"
 
 namespace aeup::back {
 namespace {
 
-template <class T_, int K_, int V, int NC, int L>
+template <class T_, int K_, int V, int NC, int L, bool shared>
 struct Window {
   using T = T_;
   static constexpr int K = K_, N = NC * V;  // order of the elements: pixel, channel
   static constexpr bool sparse = true;
-  static constexpr int kEntry = NC * L + 1;  // of the table: weights [NC][L], then the window's first pixel
+  static constexpr int kFours = (NC * L + 3) / 4;
+  static constexpr int kEntry = (NC * L + 4) / 4 * 4;  // of the table: weights [NC][L], then the window's first pixel
   struct Row {
     Raw<T, V> pixel[L];
     AEUP_DEV void clear() {}
   };
-  float w[NC][L];
+  float w[shared ? 1 : NC * L];  // [NC][L]
+  const float* weights;
   int c, start, entry;
   bool single;
 
@@ -39,10 +42,11 @@ struct Window {
     c = p.c;
     single = NC == 2 && g / p.chunks * 2 + 2 > p.u.in;  // an odd width ends in half a pair
     entry = int(id / unsigned(p.chunks) - first / unsigned(p.chunks)) * kEntry;
+    weights = table + entry;
+    if constexpr (!shared) {
 #pragma unroll
-    for (int k = 0; k < NC; ++k)
-#pragma unroll
-      for (int t = 0; t < L; ++t) w[k][t] = table[entry + k * L + t];
+      for (int i = 0; i < NC * L; ++i) w[i] = weights[i];
+    }
     start = reinterpret_cast<const int*>(table)[entry + NC * L];
   }
   AEUP_DEV int64_t read_at(const WalkArgs& p, int g) const { return int64_t(start) * c + g % p.chunks * V; }
@@ -54,6 +58,22 @@ struct Window {
     for (int t = 0; t < L; ++t) q.pixel[t].load(x + int64_t(t) * c);
   }
   AEUP_DEV void reduce(const Row& q, float* h) const {
+    float u[4 * kFours];
+    if constexpr (shared) {
+      int opaque = 0;  // or the compiler keeps the weights in registers from row to row
+#ifndef AEUP_EMULATE
+      asm volatile("" : "+r"(opaque));
+#endif
+      const float4* from = reinterpret_cast<const float4*>(weights + opaque);
+#pragma unroll
+      for (int i = 0; i < kFours; ++i) {
+        const float4 four = from[i];
+        u[4 * i] = four.x, u[4 * i + 1] = four.y, u[4 * i + 2] = four.z, u[4 * i + 3] = four.w;
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < NC * L; ++i) u[i] = w[i];
+    }
 #pragma unroll
     for (int t = 0; t < L; ++t) {
       float f[V];
@@ -61,7 +81,7 @@ struct Window {
 #pragma unroll
       for (int k = 0; k < NC; ++k)
 #pragma unroll
-        for (int v = 0; v < V; ++v) h[k * V + v] = t == 0 ? w[k][0] * f[v] : fmaf(w[k][t], f[v], h[k * V + v]);
+        for (int v = 0; v < V; ++v) h[k * V + v] = t == 0 ? u[k * L] * f[v] : fmaf(u[k * L + t], f[v], h[k * V + v]);
     }
   }
   // The same without the zero weights; rare, so small rather than fast.
@@ -115,13 +135,15 @@ Choice choose(const Problem& p) {
 template <class T, int K, int V, int size>
 const char* tuned(const Problem& p, void* stream) {
   constexpr int NC = columns(K, sizeof(T)), L = window(K, NC, size);
-  constexpr int want = K == 1 ? 2 : sizeof(T) == 2 ? 8 : K == 2 ? 19 : 28;  // as in the fastest H100 prototypes
-  using S = Window<T, K, V, NC, L>;
+  constexpr bool narrow = sizeof(T) == 2, shared = K == 4;
+  constexpr int MB = K == 4 ? (narrow ? 5 : 4) : K == 2 && V == 8 ? 4 : 1;
+  constexpr int want = K == 1 ? 2 : narrow ? (K == 4 ? 14 : 8) : K == 2 ? 19 : 28;  // as in the fastest on an H100
+  using S = Window<T, K, V, NC, L, shared>;
   WalkArgs a = walk_args(p);
   a.chunks = int(p.c / V);
   a.groups = int(ceil_div(p.iw, NC)) * a.chunks;
   const size_t entries = (kWalkBlock - 1) / size_t(a.chunks) + 2;
-  return launch_walk<S, 1, 1>(p, a, want, entries * S::kEntry * sizeof(float), stream);
+  return launch_walk<S, 1, MB>(p, a, want, entries * S::kEntry * sizeof(float), stream);
 }
 
 }  // namespace

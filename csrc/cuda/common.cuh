@@ -218,6 +218,15 @@ AEUP_DEV void copy_wait() {
 #endif
 }
 
+// A hint: the 32-byte sector that holds this element is read soon.
+AEUP_DEV void prefetch_l2(const void* global) {
+#ifdef AEUP_EMULATE
+  AEUP_CHECK(global, 1, false);
+#else
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
+#endif
+}
+
 // --- vertical table of a strip ---
 template <int K, class S>
 struct alignas(K * sizeof(S) > 16 ? 16 : K * sizeof(S)) Weights {

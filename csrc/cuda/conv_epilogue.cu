@@ -8,96 +8,180 @@
 namespace aeup {
 namespace {
 
-constexpr int kBlock = 256;
+constexpr int kBlock = 256, kWarps = kBlock / 32, kPerMultiprocessor = 4;
 
 template <class T>
 struct Epilogue {
   const T *grad, *values;  // values and before: null without an activation
   T* before;
-  Acc<T>* partial;  // null where the bias's gradient is not wanted
+  Acc<T>* partial;  // null where the bias's gradient is not wanted, or one block per channel writes it
+  T* bias;          // else null
   int64_t c, elements;
   Activation activation;
-  double slope;
-  // channels-last: threads at work, a multiple of the period of the channels of a vector
+  double slope;  // also of relu: 0
+  // flat: threads at work, a multiple of the period of the channels of a vector; threads of a block that add the slots
+  // of its shared memory first, a multiple of c where c <= kBlock
   int64_t threads;
-  // NCHW: images and elements of a plane per unit, units along a plane and along the images, threads per unit
+  int width;
+  // NCHW: images and elements of a plane per unit, units along a plane and along the images, threads per unit (a power
+  // of 2)
   int64_t n, pixels, images, chunk, chunks, image_splits;
   int lanes;
   bool aligned;  // all tensors at the same offset from a 16-byte boundary
 };
 template <class T>
 constexpr int kWide = 16 / int(sizeof(T));
-
-// V elements from `at`, by accesses of A bytes; adds their gradients to sum.
-template <class T, int V, int A>
-AEUP_DEV void one_vector(const Epilogue<T>& p, int64_t at, Acc<T>* sum) {
-  using S = Acc<T>;
-  Raw<T, V, A> raw;
-  S g[V];
-  raw.load(p.grad + at);
-  if (p.values) {
-    Raw<T, V, A> other;
-    S v[V];
-    other.load(p.values + at);
-    raw.unpack(g);
-    other.unpack(v);
-#pragma unroll
-    for (int i = 0; i < V; ++i) g[i] *= derivative(v[i], p.activation, p.slope);
-    raw.pack(g);
-    raw.store(p.before + at);
-  } else {
-    raw.unpack(g);
-  }
-#pragma unroll
-  for (int i = 0; i < V; ++i) sum[i] += g[i];
+inline bool is_piecewise(Activation a) {
+  return a == Activation::none || a == Activation::relu || a == Activation::leaky_relu;
+}
+template <class T>
+AEUP_DEV void store_sum(const Epilogue<T>& p, int64_t at, Acc<T> sum) {
+  if (p.bias)
+    store_one(p.bias + at, sum);
+  else
+    store_one(p.partial + at, sum);
 }
 
-// [pixels, c] flat. A thread takes every threads-th vector, so that element i of all its vectors is of one channel.
-template <class T, int A>
-__global__ void __launch_bounds__(kBlock) along_channels(Epilogue<T> p) {
+// V elements, by accesses of A bytes. kPiecewise: no activation, relu or leaky_relu. These are kernels of their own, as
+// a small tensor takes no longer than its instructions take to arrive.
+template <class T, int V, int A, bool kPiecewise>
+struct Piece {
+  Raw<T, V, A> grad, values;
+
+  AEUP_DEV void load(const Epilogue<T>& p, int64_t at) {
+    grad.load(p.grad + at);
+    if (p.values) values.load(p.values + at);
+  }
+  // Stores what goes on from here, and adds it to sum.
+  AEUP_DEV void finish(const Epilogue<T>& p, int64_t at, Acc<T> slope, Acc<T>* sum) {
+    using S = Acc<T>;
+    S g[V];
+    grad.unpack(g);
+    if (p.values) {
+      S v[V];
+      values.unpack(v);
+#pragma unroll
+      for (int i = 0; i < V; ++i)
+        g[i] *= kPiecewise ? (v[i] > S(0) ? S(1) : slope) : derivative(v[i], p.activation, p.slope);
+      grad.pack(g);
+      grad.store(p.before + at);
+    }
+#pragma unroll
+    for (int i = 0; i < V; ++i) sum[i] += g[i];
+  }
+};
+// The vectors at begin, begin + step, ... before end, two at a time.
+template <class T, int A, bool kPiecewise>
+AEUP_DEV void vectors(const Epilogue<T>& p, int64_t begin, int64_t end, int64_t step, Acc<T> slope, Acc<T>* sum) {
+  using Vector = Piece<T, kWide<T>, A, kPiecewise>;
+#pragma unroll 1
+  for (int64_t at = begin; at < end; at += 2 * step) {
+    const bool two = at + step < end;
+    Vector first, second;
+    first.load(p, at);
+    if (two) second.load(p, at + step);
+    first.finish(p, at, slope, sum);
+    if (two) second.finish(p, at + step, slope, sum);
+  }
+}
+template <class T, bool kPiecewise>
+AEUP_DEV void single(const Epilogue<T>& p, int64_t at, Acc<T> slope, Acc<T>* sum) {
+  Piece<T, 1, sizeof(T), kPiecewise> one;
+  one.load(p, at);
+  one.finish(p, at, slope, sum);
+}
+
+// The next kernel in the stream, launched by launch_next(), may be set up from here on.
+AEUP_DEV void let_next_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+// Until the kernel before in the stream has ended and its stores are visible.
+AEUP_DEV void wait_for_previous() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// All tensors as one row, [pixels, c] flat. A thread takes every threads-th vector, so that element i of all its
+// vectors is of one channel.
+template <class T, int A, bool kPiecewise>
+__global__ void __launch_bounds__(kBlock, kPerMultiprocessor) along_channels(Epilogue<T> p) {
   using S = Acc<T>;
   constexpr int V = kWide<T>, kSlots = kBlock * V;
-  __shared__ S sums[kSlots];
-  const int64_t me = int64_t(blockIdx.x) * kBlock + threadIdx.x, whole = p.elements / V;
+  alignas(16) __shared__ S sums[kSlots];
+  let_next_start();
+  const int64_t me = int64_t(blockIdx.x) * kBlock + threadIdx.x, whole = p.elements / V * V;
+  const S slope = S(p.slope);
   S sum[V];
 #pragma unroll
   for (int i = 0; i < V; ++i) sum[i] = S(0);
   if (me < p.threads) {
-#pragma unroll 2
-    for (int64_t v = me; v < whole; v += p.threads) one_vector<T, V, A>(p, v * V, sum);
-    if (whole % p.threads == me) {  // whose turn the incomplete vector is
+    vectors<T, A, kPiecewise>(p, me * V, whole, p.threads * V, slope, sum);
+    // The rest is the turn of one thread: whole / V is its number plus a multiple of p.threads.
+    if (whole < p.elements && split(whole / V, p.threads).remainder == me) {
 #pragma unroll
-      for (int i = 0; i < V; ++i)
-        if (whole * V + i < p.elements) one_vector<T, 1, sizeof(T)>(p, whole * V + i, sum + i);
+      for (int i = 0; i < V - 1; ++i)
+        if (whole + i < p.elements) single<T, kPiecewise>(p, whole + i, slope, sum + i);
     }
   }
-  if (!p.partial) return;
+  if (!p.partial && !p.bias) return;
 #pragma unroll
   for (int i = 0; i < V; ++i) sums[threadIdx.x * V + i] = sum[i];
   __syncthreads();
   const int64_t slot0 = int64_t(blockIdx.x) * kSlots;  // slot s of the grid is of channel s % c
   if (p.c > kSlots) {
     for (int i = threadIdx.x; i < kSlots; i += kBlock)
-      if (slot0 + i < p.threads * V) store_one(p.partial + slot0 + i, sums[i]);
+      if (slot0 + i < p.threads * V) store_sum(p, slot0 + i, sums[i]);
     return;
   }
-  const int first = int(slot0 % p.c), c = int(p.c);
-  for (int channel = threadIdx.x; channel < c; channel += kBlock) {
-    S total = S(0);
-    for (int i = channel >= first ? channel - first : channel - first + c; i < kSlots; i += c) total += sums[i];
-    store_one(p.partial + int64_t(blockIdx.x) * c + channel, total);
+  const int first = int(split(slot0, p.c).remainder), c = int(p.c), width = p.width;
+  const int64_t row = int64_t(blockIdx.x) * c;
+  const auto channel = [&](int i) { return row + (i + first < c ? i + first : i + first - c); };
+  if (c > kBlock) {
+    for (int j = threadIdx.x; j < c; j += kBlock) {
+      S total = S(0);
+      for (int i = j; i < kSlots; i += c) total += sums[i];
+      store_sum(p, channel(j), total);
+    }
+    return;
+  }
+  const int t = threadIdx.x;
+  S total = S(0);
+  if (t < width)
+#pragma unroll 4
+    for (int i = t; i < kSlots; i += width) total += sums[i];
+  __syncthreads();
+  sums[t] = total;
+  __syncthreads();
+  if (c > 32) {
+    if (t >= c) return;
+    total = S(0);
+    for (int i = t; i < width; i += c) total += sums[i];
+    return store_sum(p, channel(t), total);
+  }
+#pragma unroll 1
+  for (int j = t / 32; j < c; j += kWarps) {
+    total = S(0);
+    for (int i = j + t % 32 * c; i < width; i += 32 * c) total += sums[i];
+#pragma unroll
+    for (int n = 16; n; n /= 2) total += __shfl_xor_sync(~0u, total, n);
+    if (t % 32 == 0) store_sum(p, channel(j), total);
   }
 }
 
 // [n, c, pixels]. A unit is a channel of some images, or a piece of a plane, summed by `lanes` threads.
-template <class T>
-__global__ void __launch_bounds__(kBlock) along_planes(Epilogue<T> p) {
+template <class T, bool kPiecewise>
+__global__ void __launch_bounds__(kBlock, kPiecewise ? kPerMultiprocessor : 3) along_planes(Epilogue<T> p) {
   using S = Acc<T>;
   constexpr int V = kWide<T>;
   __shared__ S sums[kBlock];
-  const int lane = threadIdx.x % p.lanes;
-  const int64_t unit = (int64_t(blockIdx.x) * kBlock + threadIdx.x) / p.lanes;
+  let_next_start();
+  const int lane = threadIdx.x & (p.lanes - 1), per_block = kBlock / p.lanes;
+  const int64_t unit = int64_t(blockIdx.x) * per_block + int(threadIdx.x) / p.lanes;
   const Split c = split(unit, p.c), chunk = split(c.quotient, p.chunks);
+  const S slope = S(p.slope);
   S sum[V];
 #pragma unroll
   for (int i = 0; i < V; ++i) sum[i] = S(0);
@@ -109,12 +193,11 @@ __global__ void __launch_bounds__(kBlock) along_planes(Epilogue<T> p) {
     const int64_t address = int64_t(reinterpret_cast<uintptr_t>(p.grad) % 16 / sizeof(T)) + begin;
     const int64_t first = p.aligned ? min(begin + (V - address % V) % V, end) : end;
     const int64_t body = first + (end - first) / V * V;
-    for (int64_t at = begin + lane; at < first; at += p.lanes) one_vector<T, 1, sizeof(T)>(p, at, sum);
-#pragma unroll 2
-    for (int64_t at = first + lane * V; at < body; at += p.lanes * V) one_vector<T, V, 16>(p, at, sum);
-    for (int64_t at = body + lane; at < end; at += p.lanes) one_vector<T, 1, sizeof(T)>(p, at, sum);
+    for (int64_t at = begin + lane; at < first; at += p.lanes) single<T, kPiecewise>(p, at, slope, sum);
+    vectors<T, 16, kPiecewise>(p, first + lane * V, body, int64_t(p.lanes) * V, slope, sum);
+    for (int64_t at = body + lane; at < end; at += p.lanes) single<T, kPiecewise>(p, at, slope, sum);
   }
-  if (!p.partial) return;
+  if (!p.partial && !p.bias) return;
   S total = S(0);
 #pragma unroll
   for (int i = 0; i < V; ++i) total += sum[i];
@@ -124,8 +207,66 @@ __global__ void __launch_bounds__(kBlock) along_planes(Epilogue<T> p) {
     if (lane < n) sums[threadIdx.x] = total += sums[threadIdx.x + n];
     __syncthreads();
   }
-  if (lane == 0 && unit < p.c * p.chunks * p.image_splits) store_one(p.partial + unit, total);
+  if (lane == 0 && unit < p.c * p.chunks * p.image_splits) store_sum(p, unit, total);
 }
+
+// partial [parts][c] -> bias [c], a block per channel.
+template <class T>
+__global__ void __launch_bounds__(kBlock) add_parts(const Acc<T>* partial, T* bias, int64_t parts, int64_t c) {
+  using S = Acc<T>;
+  __shared__ S sums[kWarps];
+  wait_for_previous();
+  S sum = S(0);
+#pragma unroll 4
+  for (int64_t i = threadIdx.x; i < parts; i += kBlock) {
+    const S* at = partial + i * c + blockIdx.x;
+#ifdef AEUP_EMULATE
+    sum += load_one(at);
+#else
+    sum += __ldcg(at);  // written while this kernel may have been set up
+#endif
+  }
+#pragma unroll
+  for (int n = 16; n; n /= 2) sum += __shfl_xor_sync(~0u, sum, n);
+  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
+  __syncthreads();
+  if (threadIdx.x) return;
+  sum = sums[0];
+#pragma unroll
+  for (int i = 1; i < kWarps; ++i) sum += sums[i];
+  store_one(bias + blockIdx.x, sum);
+}
+#ifdef AEUP_EMULATE
+template <class T>
+const char* launch_next(const Acc<T>* partial, T* bias, int64_t parts, int64_t c, void* stream) {
+  return launch(add_parts<T>, c, kBlock, 0, stream, partial, bias, parts, c);
+}
+#else
+// Set up while the kernel before still runs, where the code of both kernels is for compute capability 9.0 and later:
+// older code does not wait.
+template <class T>
+const char* launch_next(const Acc<T>* partial, T* bias, int64_t parts, int64_t c, void* stream) {
+  static std::atomic<int> waits[64];  // by device: 0 unknown, 1 no, 2 yes
+  int device = 0, known = 0;
+  if (cudaGetDevice(&device) == cudaSuccess && device < 64) known = waits[device].load(std::memory_order_relaxed);
+  if (!known) {
+    cudaFuncAttributes f;
+    known =
+        cudaFuncGetAttributes(&f, add_parts<T>) == cudaSuccess && f.ptxVersion >= 90 && f.binaryVersion >= 90 ? 2 : 1;
+    if (device < 64) waits[device].store(known, std::memory_order_relaxed);
+  }
+  cudaLaunchAttribute overlap;
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(unsigned(c)), config.blockDim = dim3(kBlock);
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &overlap, config.numAttrs = known == 2;
+  const cudaError_t e = cudaLaunchKernelEx(&config, add_parts<T>, partial, bias, parts, c);
+  if (e != cudaSuccess) cudaGetLastError();  // reported here: do not leave it for the next caller
+  return e == cudaSuccess ? nullptr : cudaGetErrorString(e);
+}
+#endif
 
 bool same_offset(const EpilogueGradient& e) {
   const auto offset = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16; };
@@ -145,16 +286,23 @@ Plan<T> plan_of(const EpilogueGradient& e) {
   Epilogue<T>& p = q.p;
   p.grad = static_cast<const T*>(e.grad), p.values = static_cast<const T*>(e.output);
   p.before = static_cast<T*>(e.before);
-  p.c = e.c, p.elements = e.n * e.c * e.pixels, p.activation = e.activation, p.slope = e.slope;
+  p.c = e.c, p.elements = e.n * e.c * e.pixels, p.activation = e.activation,
+  p.slope = e.activation == Activation::relu ? 0 : e.slope;
   p.n = e.n, p.pixels = e.pixels;
-  const int64_t most = 6 * int64_t(multiprocessors());
-  // One pixel per image is both layouts.
-  q.planes = !e.channels_last && e.pixels > 1;
+  const int64_t most = kPerMultiprocessor * int64_t(multiprocessors());  // all at once
+  // One pixel per image, or one channel, is both layouts.
+  q.planes = !e.channels_last && e.pixels > 1 && e.c > 1;
   if (!q.planes) {
-    const int64_t period = p.c / std::gcd(p.c, int64_t(V));
-    const int64_t wanted = min(ceil_div(ceil_div(p.elements, V), 4 * kBlock), most);
-    q.blocks = max(wanted, ceil_div(period, kBlock));
+    const int64_t period = p.c / std::gcd(p.c, int64_t(V)), vectors = ceil_div(p.elements, V);
+    // One block where 4 vectors per thread do: its sums are the result. Else a vector per thread, two, or more.
+    q.blocks = vectors <= 4 * kBlock ? 1 : min(ceil_div(vectors, kBlock), most / 2);
+    if (q.blocks > 1) q.blocks = max(q.blocks, min(ceil_div(vectors, 2 * kBlock), most));
+    q.blocks = max(q.blocks, ceil_div(period, kBlock));
+    // All threads work where the blocks are whole periods.
+    const int64_t whole = period / std::gcd(period, int64_t(kBlock)), up = ceil_div(q.blocks, whole) * whole;
+    if (q.blocks > whole) q.blocks = up <= most ? up : up - whole;
     p.threads = q.blocks * kBlock / period * period;
+    p.width = p.c <= kBlock ? int(kBlock / p.c * p.c) : kBlock;
     q.partials = p.c > kBlock * V ? p.threads * V : q.blocks * p.c;
     return q;
   }
@@ -175,22 +323,29 @@ Plan<T> plan_of(const EpilogueGradient& e) {
   return q;
 }
 
+template <class T, bool kPiecewise>
+const char* launch_first(const Plan<T>& q, const EpilogueGradient& e, void* stream) {
+  if (q.planes) return launch(along_planes<T, kPiecewise>, q.blocks, kBlock, 0, stream, q.p);
+  if (q.p.aligned && alignment_of(e.grad) == 16)
+    return launch(along_channels<T, 16, kPiecewise>, q.blocks, kBlock, 0, stream, q.p);
+  return launch(along_channels<T, int(sizeof(T)), kPiecewise>, q.blocks, kBlock, 0, stream, q.p);
+}
 template <class T>
 const char* run(const EpilogueGradient& e, void* workspace, void* stream) {
   Plan<T> q = plan_of<T>(e);
-  if (e.bias) {
+  const int64_t parts = q.partials / e.c;
+  q.p.aligned = same_offset(e);
+  if (e.bias && parts == 1) {
+    q.p.bias = static_cast<T*>(e.bias);
+  } else if (e.bias) {
     if (!workspace) return "the bias's gradient needs a workspace";
     q.p.partial = static_cast<Acc<T>*>(workspace);
   }
-  q.p.aligned = same_offset(e);
-  if (q.planes)
-    AEUP_LAUNCH(along_planes<T>, q.blocks, kBlock, 0, stream, q.p);
-  else if (q.p.aligned && alignment_of(e.grad) == 16)
-    AEUP_LAUNCH((along_channels<T, 16>), q.blocks, kBlock, 0, stream, q.p);
-  else
-    AEUP_LAUNCH((along_channels<T, int(sizeof(T))>), q.blocks, kBlock, 0, stream, q.p);
-  if (!e.bias) return nullptr;
-  return launch_add_partials<T>(static_cast<const Acc<T>*>(workspace), static_cast<T*>(e.bias), q.partials / e.c, e.c,
+  const char* error =
+      is_piecewise(e.activation) ? launch_first<T, true>(q, e, stream) : launch_first<T, false>(q, e, stream);
+  if (error || !q.p.partial) return error;
+  if (e.c <= 64) return launch_next<T>(q.p.partial, static_cast<T*>(e.bias), parts, e.c, stream);
+  return launch_add_partials<T>(static_cast<const Acc<T>*>(q.p.partial), static_cast<T*>(e.bias), parts, e.c,
                                 int64_t(1), int64_t(1), true, stream);
 }
 
@@ -198,9 +353,10 @@ const char* run(const EpilogueGradient& e, void* workspace, void* stream) {
 
 int64_t epilogue_gradient_workspace(const EpilogueGradient& e) {
   if (!e.bias || e.n * e.c * e.pixels == 0) return 0;
-  return e.dtype == DType::f64   ? plan_of<double>(e).partials * 8
-         : e.dtype == DType::f32 ? plan_of<float>(e).partials * 4
-                                 : plan_of<Half>(e).partials * 4;
+  const int64_t partials = e.dtype == DType::f64   ? plan_of<double>(e).partials
+                           : e.dtype == DType::f32 ? plan_of<float>(e).partials
+                                                   : plan_of<Half>(e).partials;
+  return partials == e.c ? 0 : partials * (e.dtype == DType::f64 ? 8 : 4);
 }
 
 const char* launch_epilogue_gradient(const EpilogueGradient& e, void* workspace, void* stream) {

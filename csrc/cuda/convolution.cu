@@ -5,7 +5,8 @@
 namespace aeup {
 namespace {
 
-const ConvolutionFamily* const kFamilies[] = {&kHopperConvolution, &kHopperFloatConvolution, &kFewConvolution, &kGenericConvolution};
+const ConvolutionFamily* const kFamilies[] = {&kHopperConvolution, &kHopperFloatConvolution, &kFewConvolution,
+                                              &kGenericConvolution};
 
 }  // namespace
 

@@ -15,10 +15,9 @@ struct ConvolutionFamily {
   const char* (*launch)(const Convolution& c, Pass pass, void* workspace, void* stream);
 };
 
-extern const ConvolutionFamily kHopperConvolution;  // hopper_*.cu: implicit GEMM on wgmma with tensor maps, sm_90a
-extern const ConvolutionFamily
-    kHopperFloatConvolution;  // hopper_float_*.cu: the same for float32, in one or three tf32 products
-extern const ConvolutionFamily kFewConvolution;      // few_*.cu: 1 to 4 output channels, bound by memory
-extern const ConvolutionFamily kGenericConvolution;  // conv_generic.cu: every argument and dtype
+extern const ConvolutionFamily kHopperConvolution;       // hopper_*.cu: implicit GEMM on wgmma with tensor maps, sm_90a
+extern const ConvolutionFamily kHopperFloatConvolution;  // hopper_float_*.cu: the same for float32, by tf32 products
+extern const ConvolutionFamily kFewConvolution;          // few_*.cu: 1 to 4 output channels, bound by memory
+extern const ConvolutionFamily kGenericConvolution;      // conv_generic.cu: every argument and dtype
 
 }  // namespace aeup

@@ -51,6 +51,18 @@ AEUP_DEV void make_operand(uint32_t word, uint32_t* high, uint32_t* low) {
     *high = word;
   }
 }
+// c += a . b of split operands: the small products first, and the sum added to c in float32, since the tensor cores
+// truncate where they accumulate.
+template <class T>
+AEUP_DEV void split_product(float* c, const uint32_t* a, const uint32_t* a_rest, uint32_t b0, uint32_t b1,
+                            uint32_t b0_rest, uint32_t b1_rest) {
+  float sum[4] = {0, 0, 0, 0};
+  matrix_product<T>(sum, a_rest, b0, b1);
+  matrix_product<T>(sum, a, b0_rest, b1_rest);
+  matrix_product<T>(sum, a, b0, b1);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) c[i] += sum[i];
+}
 // The bits of elements (each the low part of a word) put together in one word.
 template <class T>
 AEUP_DEV uint32_t join(uint32_t first, uint32_t second) {

@@ -204,10 +204,10 @@ __global__ void __launch_bounds__(kThreads, 3) few_forward(Few<T> p) {
             if constexpr (kSplit) {
               const uint4 d4 = tiles[(step * 2 * kM + k) * kParts * 32 + 32];
               const uint32_t d[4] = {d4.x, d4.y, d4.z, d4.w};
-              matrix_product<T>(to[k % kM][t], d, high[t][0], high[t][1]);
-              matrix_product<T>(to[k % kM][t], a, low[t][0], low[t][1]);
+              split_product<T>(to[k % kM][t], a, d, high[t][0], high[t][1], low[t][0], low[t][1]);
+            } else {
+              matrix_product<T>(to[k % kM][t], a, high[t][0], high[t][1]);
             }
-            matrix_product<T>(to[k % kM][t], a, high[t][0], high[t][1]);
           }
         }
       }

@@ -117,10 +117,10 @@ __global__ void __launch_bounds__(kThreads, GradientShape<T, kCO, kLast, kSplit>
                 const uint2 b = b2[0];
                 if constexpr (kSplit) {
                   const uint2 rest = b2[Q::kN * 32];
-                  matrix_product<T>(acc[u], a[s], rest.x, rest.y);
-                  matrix_product<T>(acc[u], d[s], b.x, b.y);
+                  split_product<T>(acc[u], a[s], d[s], b.x, b.y, rest.x, rest.y);
+                } else {
+                  matrix_product<T>(acc[u], a[s], b.x, b.y);
                 }
-                matrix_product<T>(acc[u], a[s], b.x, b.y);
               }
             const int channel = group * Q::kGroup + q * kV;
 #pragma unroll
@@ -164,10 +164,10 @@ __global__ void __launch_bounds__(kThreads, GradientShape<T, kCO, kLast, kSplit>
             for (int t = 0; t < 4; ++t) {
               if constexpr (kSplit) {
                 const uint32_t rest[4] = {a4[32].x, a4[32].y, a4[32].z, a4[32].w};
-                matrix_product<T>(acc[t], rest, b[t][s][0], b[t][s][1]);
-                matrix_product<T>(acc[t], a, d[t][s][0], d[t][s][1]);
+                split_product<T>(acc[t], a, rest, b[t][s][0], b[t][s][1], d[t][s][0], d[t][s][1]);
+              } else {
+                matrix_product<T>(acc[t], a, b[t][s][0], b[t][s][1]);
               }
-              matrix_product<T>(acc[t], a, b[t][s][0], b[t][s][1]);
             }
           }
           const int pixel = 8 * q;

@@ -177,10 +177,10 @@ __global__ void __launch_bounds__(kThreads, 2) few_weight_gradient(FewWeight<T> 
 #pragma unroll
             for (int u = 0; u < kN; ++u) {
               if constexpr (kSplit) {
-                matrix_product<T>(acc[m][u], d, b[u][0], b[u][1]);
-                matrix_product<T>(acc[m][u], a, rest[u][0], rest[u][1]);
+                split_product<T>(acc[m][u], a, d, b[u][0], b[u][1], rest[u][0], rest[u][1]);
+              } else {
+                matrix_product<T>(acc[m][u], a, b[u][0], b[u][1]);
               }
-              matrix_product<T>(acc[m][u], a, b[u][0], b[u][1]);
             }
           }
         }

@@ -48,9 +48,10 @@ AEUP_DEV Place place_of(const Sliding<S>& p) {
 // --- modes with arithmetic (K = 2, 4) ---
 // Source: struct R (raw input of one row), init(p, group) sets `base`, the element of a row where `load`'s pointer
 // stands, load(row + base, R&), horizontal(R, S[V]). kManyPlanes: init is dear, a thread may do several planes.
+// kAhead > 0: so many rows beyond the one being loaded are on their way to L2, by the source's ahead(row + base).
 // kStaged: groups % 32 == 0, so that a warp's 32 V elements are contiguous; they become 16-byte stores through shared
 // memory (V elements are no power of two of bytes).
-template <class T, int K, int V, int A, int kMinBlocks, bool kStaged, class Source>
+template <class T, int K, int V, int A, int kMinBlocks, bool kStaged, class Source, int kAhead>
 __global__ void __launch_bounds__(kThreads, kMinBlocks) slide(Sliding<Acc<T>> p) {
   using S = Acc<T>;
   AEUP_DYNAMIC_SHARED(unsigned char, shared);
@@ -70,6 +71,11 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) slide(Sliding<Acc<T>> p)
           (kStaged ? at.group - lane : at.group) * V);
   typename Source::R raw;
   if (at.alive) source.load(x, raw);  // in flight while the block makes its table
+  if constexpr (kAhead > 0) {
+#pragma unroll
+    for (int i = 1; i <= kAhead; ++i)
+      if (at.alive && start + i <= bottom) source.ahead(x + int64_t(i) * step_in);
+  }
   strip_tables<K>(p.v, at.first_row, at.rows, at.up, first, K - 1, weights, last_rows);
   if (!at.alive) return;
   const int last = last_rows[at.rows - 1];
@@ -108,6 +114,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) slide(Sliding<Acc<T>> p)
       if (r < last) {  // in flight while the outputs that row r completes are made
         in += unsigned(r) < unsigned(bottom) ? step_in : 0;  // beyond an edge: the same row again
         source.load(in, raw);
+        if constexpr (kAhead > 0)
+          if (r >= 0 && r + 1 + kAhead <= min(last, bottom)) source.ahead(in + int64_t(kAhead) * step_in);
       }
       while (due == r) {
         emit(ring, weights[o], out);
@@ -181,11 +189,12 @@ struct Tuning {
   int fewest;       // never shorter, to fill a small device
   int per_thread;   // planes of a thread where there are many
   bool any_length;  // any length that fills the device a whole number of times; else only near `rows`
+  int waves = 8;    // from this many waves of blocks on, the length stays as wanted
 };
 
 template <class S>
 void fit(Sliding<S>* p, const Tuning& t, int64_t resident) {
-  constexpr int64_t kLongest = 96, kWaves = 8, kStart = 10;  // kStart: cost of starting a strip, in rows
+  constexpr int64_t kLongest = 96, kStart = 10;  // kStart: cost of starting a strip, in rows
   const int64_t out = p->v.out, groups = p->groups.divisor;
   const auto across = [&] { return ceil_div(ceil_div(p->planes, p->per_thread) * groups, kThreads); };
   int64_t strips = ceil_div(out, t.rows);
@@ -194,10 +203,10 @@ void fit(Sliding<S>* p, const Tuning& t, int64_t resident) {
   if (strips * across() < resident) {
     const int64_t fill = resident / across(), most = ceil_div(out, t.fewest);
     strips = fill < most ? fill : most;
-  } else if (strips * across() < kWaves * resident) {
+  } else if (strips * across() < t.waves * resident) {
     const int64_t low = t.any_length ? t.fewest : t.rows * 2 / 3, high = t.any_length ? kLongest : t.rows * 3 / 2;
     int64_t least = INT64_MAX;
-    for (int64_t wave = 1; wave <= kWaves; ++wave) {
+    for (int64_t wave = 1; wave <= t.waves; ++wave) {
       const int64_t s = wave * resident / across(), rows = s ? ceil_div(out, s) : high + 1;
       if (rows > high || rows < low || wave * (rows + kStart) >= least) continue;
       least = wave * (rows + kStart);
@@ -228,10 +237,10 @@ int64_t grid_of(const Sliding<S>& s) {
   return ceil_div(s.threads, kThreads) * s.strips.divisor;
 }
 
-template <class T, int K, int V, int kMinBlocks, bool kStaged, class Source>
+template <class T, int K, int V, int kMinBlocks, bool kStaged, class Source, int kAhead = 0>
 const char* launch_slide(const Problem& p, const Tuning& tuning, void* stream) {
   using S = Acc<T>;
-  const auto kernel = slide<T, K, V, widest_access(V * int(sizeof(T))), kMinBlocks, kStaged, Source>;
+  const auto kernel = slide<T, K, V, widest_access(V * int(sizeof(T))), kMinBlocks, kStaged, Source, kAhead>;
   const size_t staged = kStaged ? size_t(kThreads) * V * sizeof(T) : 0;
   static const int resident =
       blocks_per_multiprocessor(kernel, kThreads, staged + strip_tables_bytes<K, S>(tuning.rows));

@@ -8,9 +8,11 @@ namespace {
 template <class T, int K, int V>
 const char* run(const Problem& p, void* stream) {
   constexpr bool small = sizeof(T) == 2, wide = V * sizeof(T) == 16;
-  constexpr int kBlocks = K == 4 && small && wide ? 6 : 1;
-  const Tuning tuning = K == 2 ? Tuning{small ? 8 : 4, 2, 1, false} : Tuning{small ? 64 : 43, 4, 1, true};
-  return launch_slide<T, K, V, kBlocks, false, Channels<T, K, V>>(p, tuning, stream);
+  constexpr bool capped = K == 4 && small && wide;
+  const Tuning tuning = capped   ? Tuning{33, 4, 1, false, 2}
+                        : K == 2 ? Tuning{small ? 8 : 4, 2, 1, false}
+                                 : Tuning{small ? 64 : 43, 4, 1, true};
+  return launch_slide<T, K, V, capped ? 6 : 1, false, Channels<T, K, V>, capped ? 2 : 0>(p, tuning, stream);
 }
 template <class T>
 const char* pick(const Problem& p, int bytes, void* stream) {

@@ -7,10 +7,10 @@ namespace {
 
 template <class T, int K, int V>
 const char* run(const Problem& p, void* stream) {
-  constexpr int rows = K == 2 ? 8 : sizeof(T) == 2 ? 32 : 19;
-  constexpr int kBlocks = K * V >= 16 ? 5 : 1;
-  const Tuning tuning{rows, K, V > 1 ? 4 : 1, false};
-  return launch_slide<T, K, V, kBlocks, false, Gather<T, K, V>>(p, tuning, stream);
+  constexpr bool small = sizeof(T) == 2, ahead = K == 4 && V == 4 && small;
+  constexpr int rows = K == 2 ? 8 : small ? 32 : 19, kBlocks = K * V >= 16 ? 5 : 1;
+  const Tuning tuning = ahead ? Tuning{64, K, 1, false, 2} : Tuning{rows, K, V > 1 ? 4 : 1, false};
+  return launch_slide<T, K, V, kBlocks, false, Gather<T, K, V>, ahead ? 2 : 0>(p, tuning, stream);
 }
 template <class T>
 const char* pick(const Problem& p, int elements, void* stream) {

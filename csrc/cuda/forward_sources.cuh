@@ -22,6 +22,7 @@ struct Channels {
 #pragma unroll
     for (int k = 0; k < K; ++k) offset[k] = min(max(s + k, 0), int(p.h.in) - 1) * int(p.c.divisor);
   }
+  AEUP_DEV void ahead(const T* a) const { prefetch_l2(a + offset[K / 2 - 1]); }
   AEUP_DEV void load(const T* a, R& q) const {
 #pragma unroll
     for (int k = 0; k < K; ++k) q.tap[k].load(a + offset[k]);
@@ -100,6 +101,7 @@ struct Gather {
       offset[v] = folded_taps<K>(p.h, column, w[v]) * c + e - column * c;
     }
   }
+  AEUP_DEV void ahead(const T* a) const { prefetch_l2(a + offset[0] + (K / 2 - 1) * c); }
   AEUP_DEV void load(const T* a, R& q) const {
 #pragma unroll
     for (int v = 0; v < V; ++v) {

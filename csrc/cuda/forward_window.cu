@@ -33,6 +33,7 @@ struct Window {
       }
     }
   }
+  AEUP_DEV void ahead(const T* a) const { prefetch_l2(a); }
   AEUP_DEV void load(const T* a, R& q) const {
 #pragma unroll
     for (int m = 0; m < D; ++m) q.x[m].load(a + m);
@@ -62,9 +63,9 @@ struct Window {
 
 template <class T, int K, int V, int D>
 const char* run(const Problem& p, void* stream) {
-  constexpr bool small = sizeof(T) == 2;
-  const Tuning tuning = K == 2 ? Tuning{small ? 8 : 4, 2, 2, false} : Tuning{small ? 19 : 8, 4, 2, false};
-  return launch_slide<T, K, V, 1, false, Window<T, K, V, D>>(p, tuning, stream);
+  constexpr bool small = sizeof(T) == 2, capped = K == 4 || V == 8;
+  const Tuning tuning = capped ? Tuning{K == 4 && small ? 19 : 8, 4, 1, false, 4} : Tuning{small ? 8 : 4, 2, 2, false};
+  return launch_slide<T, K, V, capped ? 6 : 1, false, Window<T, K, V, D>, capped ? 2 : 0>(p, tuning, stream);
 }
 template <class T>
 const char* pick(const Problem& p, int elements, void* stream) {

@@ -93,4 +93,28 @@ AEUP_DEV void store_matrices(uint32_t address, uint32_t a, uint32_t b, uint32_t 
                : "memory");
 }
 
+// Programmatic dependent launch: the kernel may start while the one before it in the stream still runs, and reads and
+// writes global memory only after after_previous().
+AEUP_DEV void after_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+AEUP_DEV void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+template <class P>
+const char* launch_early(void (*kernel)(P), int64_t grid, int block, size_t shared, void* stream, const P& p) {
+  cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+  if (e != cudaSuccess) return cudaGetErrorString(e);
+  cudaLaunchAttribute early;
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(unsigned(grid));
+  config.blockDim = dim3(unsigned(block));
+  config.dynamicSmemBytes = shared;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &early;
+  config.numAttrs = 1;
+  e = cudaLaunchKernelEx(&config, kernel, p);
+  if (e != cudaSuccess) cudaGetLastError();  // reported here: do not leave it for the next caller
+  return e == cudaSuccess ? nullptr : cudaGetErrorString(e);
+}
+
 }  // namespace aeup

@@ -25,6 +25,11 @@ constexpr int kGemmConfigCount = 6;
 const char* launch_gemm_forward(const GemmParams& p, int config, DType dtype, void* stream);
 const char* launch_gemm_gradient(const GemmParams& p, int config, DType dtype, void* stream);
 
+// Tiles for results in NCHW: bm channels and bn pixels.
+constexpr GemmConfig kNchwConfigs[] = {{128, 128}, {64, 256}};
+constexpr int kNchwConfigCount = 2;
+const char* launch_gemm_nchw(const GemmParams& p, int config, int phases, bool forward, DType dtype, void* stream);
+
 // Pixels of a tile: a box of at most `most` pixels (exactly, if `exact`) over n images of h x w, with few tiles.
 struct Box {
   int n, h, w;
@@ -36,12 +41,12 @@ int64_t hopper_weight_gradient_workspace(const Convolution& c);
 const char* hopper_weight_gradient(const Convolution& c, const void* x, const void* grad, void* workspace,
                                    void* stream);
 
-// [n, c, pixels] -> [n, pixels, padded c], zeros in the padding; or the way back, without the padding. Elements of 2 or
-// 4 bytes.
+// [n, c, pixels] -> [n, pixels, padded c], zeros in the padding; elements of 2 or 4 bytes. Or the way back,
+// without the padding, of 2 bytes.
 const char* to_channels_last(const void* from, void* to, int64_t n, int64_t c, int64_t pixels, int64_t padded,
                              void* stream, int bytes = 2);
 const char* from_channels_last(const void* from, void* to, int64_t n, int64_t c, int64_t pixels, int64_t padded,
-                               void* stream, int bytes = 2);
+                               void* stream);
 // [rows, c] -> [rows, padded c].
 const char* pad_channels(const void* from, void* to, int64_t rows, int64_t c, int64_t padded, void* stream,
                          int bytes = 2);

@@ -147,6 +147,7 @@ __global__ void __launch_bounds__(GemmShape<BM, BN>::kThreads, 1) hopper_gemm(co
     barrier_init_fence();
   }
   __syncthreads();
+  after_previous();
   const int columns = BN / p.merged;
   int box_phase[S::kBoxes], box_column[S::kBoxes];  // of 64 columns: merged phase, first column within it
 #pragma unroll

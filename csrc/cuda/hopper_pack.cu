@@ -1,6 +1,7 @@
 // Layout changes in front of and behind the tensor-map kernels: tiles of 64 x 64 through shared memory.
 // Elements are bits: uint16_t or uint32_t.
 #include "cuda/common.cuh"
+#include "cuda/hopper.cuh"
 #include "cuda/hopper.h"
 
 namespace aeup {
@@ -13,6 +14,7 @@ constexpr int kTile = 64, kThreads = 256;
 template <class E>
 __global__ void __launch_bounds__(kThreads)
     transpose(const E* from, E* to, int64_t rows, int64_t columns, int64_t pitch, int64_t row_tiles) {
+  let_next_start();
   constexpr bool kPairs = sizeof(E) == 2;
   __shared__ E tile[kTile][kTile + (kPairs ? 2 : 1)];
   const int64_t r0 = blockIdx.x % row_tiles * kTile, c0 = blockIdx.x / row_tiles * kTile;
@@ -75,6 +77,7 @@ const char* launch_transpose(const void* from, void* to, int64_t n, int64_t rows
 
 template <class E>
 __global__ void __launch_bounds__(kThreads) pad(const E* from, E* to, int64_t rows, int c, int padded) {
+  let_next_start();
   const int64_t step = int64_t(gridDim.x) * kThreads;
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < rows * padded; i += step) {
     const int64_t row = i / padded;
@@ -86,6 +89,7 @@ __global__ void __launch_bounds__(kThreads) pad(const E* from, E* to, int64_t ro
 // A block packs 64 output channels of one input channel, all taps.
 __global__ void __launch_bounds__(kThreads)
     pack(const uint16_t* from, uint16_t* to, int ci, int co, int taps, int padded, bool channels_last) {
+  let_next_start();
   extern __shared__ uint16_t line[];  // [64 * taps]
   const int i = blockIdx.x, c0 = blockIdx.y * 64;
   const int count = co - c0 < 64 ? co - c0 : 64, wide = padded - c0 < 64 ? padded - c0 : 64;
@@ -109,6 +113,7 @@ __global__ void __launch_bounds__(kThreads)
 __global__ void __launch_bounds__(kThreads)
     gather_phases(const uint16_t* from, uint16_t* to, int ci, int co, int kh, int kw, int sh, int sw, int ph, int pw,
                   int pitch, bool channels_last) {
+  let_next_start();
   const int total = kh / sh * (kw / sw) * ci * pitch;
   for (int e = blockIdx.x * kThreads + threadIdx.x; e < total; e += gridDim.x * kThreads) {
     const int v = e % pitch, i = e / pitch % ci, tap = e / pitch / ci;
@@ -129,10 +134,9 @@ const char* to_channels_last(const void* from, void* to, int64_t n, int64_t c, i
 }
 
 const char* from_channels_last(const void* from, void* to, int64_t n, int64_t c, int64_t pixels, int64_t padded,
-                               void* stream, int bytes) {
+                               void* stream) {
   if (padded != c) return "the padded way back is not served";
-  return bytes == 2 ? launch_transpose<uint16_t>(from, to, n, pixels, c, pixels, stream)
-                    : launch_transpose<uint32_t>(from, to, n, pixels, c, pixels, stream);
+  return launch_transpose<uint16_t>(from, to, n, pixels, c, pixels, stream);
 }
 
 const char* pad_channels(const void* from, void* to, int64_t rows, int64_t c, int64_t padded, void* stream, int bytes) {

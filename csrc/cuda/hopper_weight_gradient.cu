@@ -3,7 +3,7 @@
 // maps with the pixels as the slow dimension. The pixels are split into ranges, whose float32 partial sums a second
 // kernel adds in fixed order: the same bits on every run.
 #include "cuda/hopper.h"
-#include "cuda/wgmma.cuh"
+#include "cuda/hopper_gemm.cuh"
 
 namespace aeup {
 namespace {
@@ -16,6 +16,7 @@ struct Tap {
 struct Params {
   CUtensorMap input, grad[kMaps];
   float* partial;  // [splits, taps, ci, co]
+  void* direct;    // [ci, taps, co]: the result itself, where there is one range and the layout allows; else null
   int ci, co, taps;
   int co_boxes;  // of 64 output channels in a tap
   int row_blocks, column_blocks, splits, tiles;
@@ -45,6 +46,7 @@ __global__ void __launch_bounds__(Shape<BN>::kThreads, 1) weight_gradient(const 
     barrier_init_fence();
   }
   __syncthreads();
+  after_previous();
   const int boxes = p.taps * p.co_boxes;
   if (warpgroup == 0) {
     give_registers<40>();
@@ -128,6 +130,11 @@ __global__ void __launch_bounds__(Shape<BN>::kThreads, 1) weight_gradient(const 
           for (int b = 0; b < 8; ++b) {
             const float v0 = h ? acc[j * 32 + b * 4 + 2] : acc[j * 32 + b * 4];
             const float v1 = h ? acc[j * 32 + b * 4 + 3] : acc[j * 32 + b * 4 + 1];
+            if (p.direct) {
+              T* out = static_cast<T*>(p.direct) + (int64_t(i) * p.taps + box / p.co_boxes) * p.co + c0 + b * 8;
+              if (c0 + b * 8 < p.co) *reinterpret_cast<uint32_t*>(out) = pair_of<T>(v0, v1);
+              continue;
+            }
             if (p.co % 2 == 0) {
               if (c0 + b * 8 < p.co) *reinterpret_cast<float2*>(to + b * 8) = make_float2(v0, v1);
             } else {
@@ -199,13 +206,12 @@ template <class T, int BN>
 const char* run(const Params& p, void* stream) {
   using S = Shape<BN>;
   const int64_t grid = p.tiles < multiprocessors() ? p.tiles : multiprocessors();
-  AEUP_LAUNCH((weight_gradient<T, BN>), grid, S::kThreads, S::kBytes, stream, p);
-  return nullptr;
+  return launch_early(weight_gradient<T, BN>, grid, S::kThreads, S::kBytes, stream, p);
 }
 template <class T>
 const char* run_all(const Params& p, const Convolution& c, int bn, void* stream) {
   const char* error = bn == 256 ? run<T, 256>(p, stream) : bn == 128 ? run<T, 128>(p, stream) : run<T, 64>(p, stream);
-  if (error) return error;
+  if (error || p.direct) return error;
   const dim3 grid{unsigned(c.ci), unsigned(ceil_div(c.co, 64))};
   add_partials<<<grid, kSumThreads, c.weight_channels_last ? 0 : p.taps * 65 * 4, static_cast<cudaStream_t>(stream)>>>(
       p.partial, static_cast<T*>(c.result), p.splits, p.taps, p.ci, p.co, c.weight_channels_last);
@@ -245,6 +251,7 @@ const char* hopper_weight_gradient(const Convolution& c, const void* x, const vo
       if (const char* e = make_map(map, c.dtype, first, 4, size, stride + 1, box)) return e;
     }
   p.partial = static_cast<float*>(workspace);
+  p.direct = plan.splits == 1 && c.weight_channels_last && c.co % 2 == 0 ? c.result : nullptr;
   p.ci = int(c.ci), p.co = int(c.co), p.taps = c.kh * c.kw;
   p.co_boxes = int(ceil_div(c.co, 64));
   p.row_blocks = plan.row_blocks, p.column_blocks = plan.column_blocks, p.splits = plan.splits;

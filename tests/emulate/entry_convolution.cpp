@@ -4,10 +4,13 @@
 
 namespace aeup {
 // The Hopper kernels are written for units that are not emulated.
-const ConvolutionFamily kHopperConvolution = {
-    "hopper", [](const Convolution&, Pass, int, int) -> const char* { return "not emulated"; },
-    [](const Convolution&, Pass) -> int64_t { return 0; },
-    [](const Convolution&, Pass, void*, void*) -> const char* { return "not emulated"; }};
+constexpr ConvolutionFamily not_emulated(const char* name) {
+  return {name, [](const Convolution&, Pass, int, int) -> const char* { return "not emulated"; },
+          [](const Convolution&, Pass) -> int64_t { return 0; },
+          [](const Convolution&, Pass, void*, void*) -> const char* { return "not emulated"; }};
+}
+const ConvolutionFamily kHopperConvolution = not_emulated("hopper");
+const ConvolutionFamily kHopperFloatConvolution = not_emulated("hopper_float");
 }  // namespace aeup
 
 namespace {

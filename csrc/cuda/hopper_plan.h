@@ -1,0 +1,107 @@
+// How the Hopper families see a problem: phases of an axis, arrangements of the phases, remembered choices. Host code.
+#pragma once
+#include <array>
+#include <cstdlib>
+#include <unordered_map>
+
+#include "cuda/hopper.h"
+#include "cuda/hopper_gemm.cuh"
+
+namespace aeup {
+
+inline int floor_div(int a, int b) { return (a >= 0 ? a : a - b + 1) / b; }
+
+// One transposed convolution with one input pixel along an axis writes each output once, whatever the stride: then the
+// stride is taken as the kernel's extent, so that no tap falls outside.
+inline Convolution normal(Convolution c) {
+  if (c.ih == 1 && c.dh == 1 && c.kh <= 8) c.sh = c.kh;
+  if (c.iw == 1 && c.dw == 1 && c.kw <= 8) c.sw = c.kw;
+  return c;
+}
+
+struct Phases {  // an axis of the forward: for each phase, its kernel indices and shifts
+  int phases;
+  int kernel[kGemmTaps], shift[kGemmTaps], first[kGemmGroups + 1];
+};
+// Phase r holds the outputs o = r (mod s), o = s * u + r, and takes input u + shift with shift = (r + p - d * k) / s.
+inline Phases phases_of(int s, int p, int d, int k) {
+  Phases a{s, {}, {}, {}};
+  int count = 0;
+  for (int r = 0; r < s; ++r) {
+    a.first[r] = count;
+    for (int i = 0; i < k; ++i)
+      if ((r + p - d * i) % s == 0) a.kernel[count] = i, a.shift[count] = (r + p - d * i) / s, ++count;
+  }
+  a.first[s] = count;
+  return a;
+}
+
+inline int forced_config() {
+#ifdef AEUP_TUNE
+  const char* text = getenv("AEUP_HOPPER");
+  return text ? atoi(text) : -1;
+#else
+  return -1;
+#endif
+}
+
+// Of the phases: a tile each; four in a tile; all as columns; or, for NCHW, the phases of a row in a tile whose rows
+// are channels.
+enum class Arrangement { separate, merged, columns, turned };
+
+struct Choice {
+  int config = 0;
+  Arrangement arrangement = Arrangement::separate;
+  Box box{};
+  double cost = 1e300;
+};
+
+// Phases with equally many taps read the same pixels, phase r at pixel u - early[r]. `most` is the largest of them, -1
+// where the phases differ.
+struct Early {
+  int of[kGemmGroups], most;
+};
+inline Early early_of(const Phases& a) {
+  Early early{{}, 0};
+  const int count = a.first[1];
+  int least = a.shift[0];
+  for (int r = 1; r < a.phases; ++r) {
+    if (a.first[r + 1] - a.first[r] != count || count == 0) return {{}, -1};
+    least = a.shift[a.first[r]] < least ? a.shift[a.first[r]] : least;
+  }
+  for (int r = 0; r < a.phases; ++r) {
+    early.of[r] = a.shift[a.first[r]] - least;
+    for (int i = 0; i < count; ++i)
+      if (a.shift[a.first[r] + i] - early.of[r] != a.shift[i] - early.of[0]) return {{}, -1};
+    early.most = early.of[r] > early.most ? early.of[r] : early.most;
+  }
+  return early;
+}
+
+// Keeps what `plan` finds for a problem: it searches for microseconds, and a model asks for the same few every time.
+template <class Plan>
+const Choice& remembered(const Convolution& c, Pass pass, Plan plan) {
+  using Key = std::array<int64_t, 17>;
+  struct Hash {
+    size_t operator()(const Key& key) const {
+      uint64_t h = 0xcbf29ce484222325;
+      for (const int64_t v : key) h = (h ^ uint64_t(v)) * 0x100000001b3, h ^= h >> 29;
+      return size_t(h);
+    }
+  };
+  thread_local std::unordered_map<Key, Choice, Hash> known;
+  const int64_t kind = ((int64_t(c.dtype) * 2 + c.tf32) * 2 + c.channels_last) * 4 + int64_t(pass);
+  const Key key{kind, c.n,  c.ci, c.co, c.ih, c.iw, c.oh, c.ow,           c.kh,
+                c.kw, c.sh, c.sw, c.ph, c.pw, c.dh, c.dw, forced_config()};
+  const auto found = known.find(key);
+  if (found != known.end()) return found->second;
+  if (known.size() > 4096) known.clear();
+  return known.emplace(key, plan(c)).first->second;
+}
+
+inline void set_dividers(GemmParams* p) {
+  p->by_groups = Divider(p->groups), p->by_blocks = Divider(p->blocks), p->by_c = Divider(p->c);
+  p->by_tiles_w = Divider(p->tiles_w), p->by_tiles_h = Divider(p->tiles_h);
+}
+
+}  // namespace aeup
