@@ -17,12 +17,12 @@ enum class Activation : int { none, relu, leaky_relu, silu, gelu, tanh, sigmoid 
 struct Convolution {
   int64_t n, ci, co, ih, iw, oh, ow;  // input [n, ci, ih, iw], output [n, co, oh, ow]
   int kh, kw, sh, sw, ph, pw, dh, dw, groups;
-  DType dtype;               // of all tensors
-  bool channels_last;        // of input, output and their gradients; dense
+  DType dtype;                // of all tensors
+  bool channels_last;         // of input, output and their gradients; dense
   bool weight_channels_last;  // weight [ci, co / groups, kh, kw]: dense, contiguous or channels-last
-  bool tf32;                 // float32 may be multiplied in tf32
-  Activation activation;     // forward only
-  float slope;               // of leaky_relu
+  bool tf32;                  // float32 may be multiplied in tf32
+  Activation activation;      // forward only
+  float slope;                // of leaky_relu
 
   // Forward reads input, weight and bias (may be null) and writes result [n, co, oh, ow]. The input gradient reads
   // grad (of the output) and weight and writes [n, ci, ih, iw]; the weight gradient reads input and grad and writes

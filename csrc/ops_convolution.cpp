@@ -186,6 +186,11 @@ Tensor weight_gradient(const Tensor& given_grad, const Tensor& given_input, cons
   const torch::stable::accelerator::DeviceGuard guard(given_grad.get_device_index());
   const Tensor grad = dense(given_grad, c.channels_last), input = dense(given_input, c.channels_last);
   Tensor result = aeup::empty_like(grad, sizes(like), c.weight_channels_last);
+  if (result.numel() == 0) return result;
+  if (grad.numel() == 0 || input.numel() == 0) {  // a sum of nothing
+    torch::stable::fill_(result, 0.0);
+    return result;
+  }
   c.grad = grad.const_data_ptr(), c.input = input.const_data_ptr(), c.result = result.mutable_data_ptr();
   run(c, Pass::weight_gradient, family, grad);
   return result;
@@ -228,6 +233,23 @@ std::tuple<Tensor, Tensor> epilogue_gradient(const Tensor& given, const std::opt
     aeup::fail("aeup.conv_epilogue_gradient", std::string("CUDA kernel: ") + error);
   return {before, bias};
 }
+
+// All gradients in one call, which is what a training step makes: the epilogue's, then of input and weight. What is not
+// wanted is an empty tensor.
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& input, const Tensor& weight,
+                                            const std::optional<Tensor>& output, int64_t sh, int64_t sw, int64_t ph,
+                                            int64_t pw, int64_t groups, int64_t dh, int64_t dw, int64_t activation,
+                                            double slope, bool tf32, bool want_input, bool want_weight,
+                                            bool want_bias) {
+  check(input, "input", 4);
+  auto [before, of_bias] = epilogue_gradient(grad, output, activation, slope, want_bias);
+  const Tensor none = aeup::empty_like(grad, {0}, false);
+  Tensor of_input = none, of_weight = none;
+  if (want_input)
+    of_input = input_gradient(before, weight, input.size(2), input.size(3), sh, sw, ph, pw, groups, dh, dw, tf32, "");
+  if (want_weight) of_weight = weight_gradient(before, input, weight, sh, sw, ph, pw, groups, dh, dw, tf32, "");
+  return {of_input, of_weight, of_bias};
+}
 #endif
 
 STABLE_TORCH_LIBRARY_FRAGMENT(aeup_native, m) {
@@ -240,6 +262,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(aeup_native, m) {
   m.def(
       "conv_transpose2d_weight_gradient(Tensor grad, Tensor input, Tensor weight_like, int sh, int sw, int ph, int pw, "
       "int groups, int dh, int dw, bool tf32, str family) -> Tensor");
+  m.def(
+      "conv_transpose2d_backward(Tensor grad, Tensor input, Tensor weight, Tensor? output, int sh, int sw, int ph, "
+      "int pw, int groups, int dh, int dw, int activation, float slope, bool tf32, bool want_input, bool want_weight, "
+      "bool want_bias) -> (Tensor, Tensor, Tensor)");
   m.def(
       "conv_epilogue_gradient(Tensor grad, Tensor? output, int activation, float slope, bool want_bias) -> "
       "(Tensor, Tensor)");
@@ -257,6 +283,7 @@ STABLE_TORCH_LIBRARY_IMPL(aeup_native, CUDA, m) {
   m.impl("conv_transpose2d", TORCH_BOX(&forward));
   m.impl("conv_transpose2d_input_gradient", TORCH_BOX(&input_gradient));
   m.impl("conv_transpose2d_weight_gradient", TORCH_BOX(&weight_gradient));
+  m.impl("conv_transpose2d_backward", TORCH_BOX(&backward));
   m.impl("conv_epilogue_gradient", TORCH_BOX(&epilogue_gradient));
 }
 #endif

@@ -265,6 +265,13 @@ def _cuda_epilogue(grad, output, activation, slope, bias):
     return _call("conv_epilogue_gradient", grad, output, _NUMBER[activation], slope, bias)
 
 
+def cuda_backward(grad, x, w, y, g: Geometry, activation, slope, needs) -> tuple:
+    """The gradients of x, w and bias that `needs` asks for, else None, in one call of the extension."""
+    args = (*g.stride, *g.padding, g.groups, *g.dilation, _NUMBER[activation], slope, _tf32(grad), *needs)
+    found = _call("conv_transpose2d_backward", grad, x, w, y if activation else None, *args)
+    return tuple(t if need else None for t, need in zip(found, needs, strict=True))
+
+
 def _cuda_refusal(t: Tensor, name: str, g: Geometry | None = None) -> str | None:
     if not t.is_cuda:
         return f"the tensor is on {t.device}"

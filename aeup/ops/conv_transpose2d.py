@@ -22,6 +22,7 @@ from aeup.ops.conv_kernels import (
     activate,
     activation_gradient,
     convolution_backward,
+    cuda_backward,
 )
 from aeup.ops.conv_shapes import Geometry, W, X, Y, geometry, of_gradient
 
@@ -187,6 +188,8 @@ def _gradients(grad, x, w, y, g, activation, slope, backend, needs):
             if activation:
                 grad = activation_gradient(grad, y, activation, slope)
             return convolution_backward(grad, x, w, g, needs)
+        if kernel_x in (None, MAPS[X].kernels["cuda"]) and kernel_w in (None, MAPS[W].kernels["cuda"]):
+            return cuda_backward(grad, x, w, y, g, activation, slope, needs)
         bias = None
         if activation or needs[2]:
             args = (grad, y if activation else None, activation, slope, needs[2])

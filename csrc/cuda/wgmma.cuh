@@ -1,6 +1,6 @@
-// wgmma (Hopper's asynchronous matrix product of a warpgroup): d[64 x N] (+)= a[64 x 16] . b[16 x N], 16-bit operands in
-// shared memory, float32 accumulators. kTranspose: 0 where the operand's K dimension is contiguous, 1 where its M or N
-// dimension is. One function for each N, told apart by the accumulator's length N / 2. PTX ISA, wgmma.mma_async.
+// wgmma (Hopper's asynchronous matrix product of a warpgroup): d[64 x N] (+)= a[64 x 16] . b[16 x N], 16-bit operands
+// in shared memory, float32 accumulators. kTranspose: 0 where the operand's K dimension is contiguous, 1 where its M or
+// N dimension is. One function for each N, told apart by the accumulator's length N / 2. PTX ISA, wgmma.mma_async.
 #pragma once
 #include "cuda/hopper.cuh"
 

@@ -1,7 +1,7 @@
-// wgmma with tf32 operands: d[64 x N] (+)= a[64 x 8] . b[8 x N], float32 accumulators. Both operands contiguous along K;
-// b in shared memory, a in shared memory or in registers: of rows lane / 4 (a[0], a[2]) and lane / 4 + 8 of the warp's
-// 16, columns lane % 4 (a[0], a[1]) and lane % 4 + 4. Only the upper 19 bits of an operand are read. One function for
-// each N, told apart by the accumulator's length N / 2. PTX ISA, wgmma.mma_async.
+// wgmma with tf32 operands: d[64 x N] (+)= a[64 x 8] . b[8 x N], float32 accumulators. Both operands contiguous along
+// K; b in shared memory, a in shared memory or in registers: of rows lane / 4 (a[0], a[2]) and lane / 4 + 8 of the
+// warp's 16, columns lane % 4 (a[0], a[1]) and lane % 4 + 4. Only the upper 19 bits of an operand are read. One
+// function for each N, told apart by the accumulator's length N / 2. PTX ISA, wgmma.mma_async.
 #pragma once
 #include "cuda/hopper.cuh"
 

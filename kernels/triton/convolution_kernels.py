@@ -94,6 +94,9 @@ def product(a, b, acc, PREC: tl.constexpr, ACC: tl.constexpr, CAST: tl.constexpr
     if CAST:
         a = a.to(ACC)
         b = b.to(ACC)
+    if PREC == "tf32":  # the tensor cores cut off what tf32 has no room for: round to nearest first
+        a = ((a.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        b = ((b.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
     return tl.dot(a, b, acc, input_precision=PREC, out_dtype=ACC)
 
 
