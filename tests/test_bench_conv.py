@@ -264,22 +264,21 @@ def test_the_other_layout_is_converted_outside_of_the_call():
     assert set(seen) == {((300, 30, 6, 1), (96, 16, 4, 1))}
 
 
-def test_precision_is_the_dtype_classes(monkeypatch):
+def test_precision_is_the_dtype_classes():
     seen, cudnn = [], torch.backends.cudnn
 
     def make(c):
         seen.append((c.dtype, cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, cudnn.benchmark))
         return composed(c)
 
-    monkeypatch.setattr(cudnn, "allow_tf32", True)
-    before = cudnn.benchmark
-    for dtype in ("fp32", "tf32"):
-        assert measured(subject(make), case(dtype=dtype)).status == "ok"
-    assert seen == [("fp32", False, False, True), ("tf32", True, True, True)]
-    assert cudnn.allow_tf32 and cudnn.benchmark == before
-    with pytest.raises(KeyError), precision("fp32"):
-        raise KeyError
-    assert cudnn.allow_tf32
+    with cudnn.flags(enabled=True, benchmark=False, allow_tf32=True):
+        for dtype in ("fp32", "tf32"):
+            assert measured(subject(make), case(dtype=dtype)).status == "ok"
+        assert seen == [("fp32", False, False, True), ("tf32", True, True, True)]
+        assert cudnn.allow_tf32 and not cudnn.benchmark
+        with pytest.raises(KeyError), precision("fp32"):
+            raise KeyError
+        assert cudnn.allow_tf32
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -139,14 +139,9 @@ class Case:
 # --- what is right ---
 
 
-@contextmanager
-def _without_cudnn() -> Iterator[None]:
+def _without_cudnn() -> AbstractContextManager:
     """torch's own kernels: in float64 they run cuBLAS products, which are faster and whose summation is known."""
-    before, torch.backends.cudnn.enabled = torch.backends.cudnn.enabled, False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.enabled = before
+    return torch.backends.cudnn.flags(enabled=False)
 
 
 class Oracle:

@@ -132,10 +132,10 @@ def checked(axes: Mapping[str, Sequence[str]], **filters: Iterable[str]) -> None
 @contextmanager
 def precision(dtype: str) -> Iterator[None]:
     """float32 products in tf32 for the dtype class "tf32" and no other; cuDNN picks by measuring."""
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
-    cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = True, dtype == "tf32", dtype == "tf32"
+    matmul, tf32 = torch.backends.cuda.matmul, dtype == "tf32"
+    before, matmul.allow_tf32 = matmul.allow_tf32, tf32
     try:
-        yield
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=tf32):
+            yield
     finally:
-        cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = before
+        matmul.allow_tf32 = before
