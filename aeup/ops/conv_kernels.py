@@ -253,8 +253,7 @@ def _cuda_x(grad, w, g: Geometry) -> Tensor:
 
 def _cuda_w(grad, x, g: Geometry, w) -> Tensor:
     if w is None:
-        last = any(t.is_contiguous(memory_format=_LAST) and not t.is_contiguous() for t in (grad, x))
-        layout = _LAST if last else torch.contiguous_format
+        layout = _LAST if _either_last(grad, x) else torch.contiguous_format
         shape = (g.ci, g.co // g.groups, g.kh, g.kw)
         w = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=layout)
     args = (g.sh, g.sw, g.ph, g.pw, g.groups, g.dh, g.dw, _tf32(grad), "")
@@ -282,50 +281,52 @@ def _cuda_refusal(t: Tensor, name: str, g: Geometry | None = None) -> str | None
     return "a size is 2^30 or more" if g is not None and max(g[:15]) >= 2**30 else None
 
 
+_PASSES = {Y: "forward", X: "input_gradient", W: "weight_gradient"}  # numbered in this order by the extension
+
+
+def _either_last(a: Tensor, b: Tensor) -> bool:
+    return any(t.is_contiguous(memory_format=_LAST) and not t.is_contiguous() for t in (a, b))
+
+
+def _empty_operands(g: Geometry, n: int, dtype: torch.dtype, last: bool) -> tuple[Tensor, Tensor]:
+    """x and w on the meta device."""
+    layout = _LAST if last else torch.contiguous_format
+    shapes = (n, g.ci, g.ih, g.iw), (g.ci, g.co // g.groups, g.kh, g.kw)
+    return tuple(torch.empty(shape, dtype=dtype, device="meta", memory_format=layout) for shape in shapes)
+
+
+def _families(kind: int, x: Tensor, w: Tensor, g: Geometry, tf32: bool, device) -> str:
+    """The family of kernels that would serve, and in brackets why the ones before it would not."""
+    capability = torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (0, 0)
+    number = list(_PASSES).index(kind)
+    return torch.ops.aeup_native.conv_transpose2d_kernel.default(x, w, *_forward_args(g), number, tf32, *capability)
+
+
 def _label(kind: int):
-    def label(device, a, b, *rest, tf32: bool | None = None) -> str:
+    def label(device, a, b, *rest) -> str:
         g = next(r for r in rest if isinstance(r, Geometry))
-        n, layout = a.shape[0], torch.contiguous_format
-        if kind != Y and a.is_contiguous(memory_format=_LAST) and not a.is_contiguous():
-            layout = _LAST
-        x = torch.empty((n, g.ci, g.ih, g.iw), dtype=a.dtype, device="meta", memory_format=layout)
-        w = torch.empty((g.ci, g.co // g.groups, g.kh, g.kw), dtype=a.dtype, device="meta", memory_format=layout)
+        last = a.is_contiguous(memory_format=_LAST) and not a.is_contiguous()
+        x, w = _empty_operands(g, a.shape[0], a.dtype, last)
         x, w = {Y: (a, b), X: (x, b), W: (b, w)}[kind]
-        capability = torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (0, 0)
-        number = {Y: 0, X: 1, W: 2}[kind]
-        return torch.ops.aeup_native.conv_transpose2d_kernel.default(
-            x, w, *_forward_args(g), number, _tf32(a) if tf32 is None else tf32, *capability
-        )
+        return _families(kind, x, w, g, _tf32(a), device)
 
     return label
-
-
-_PASS = {Y: "forward", X: "input_gradient", W: "weight_gradient"}
 
 
 @lru_cache(4096)
 def _cuda_yields_to_torch(
     kind: int, g: Geometry, n: int, dtype: torch.dtype, tf32: bool, last: bool, device
 ) -> str | None:
-    shapes = {Y: (n, g.ci, g.ih, g.iw), X: (n, g.co, g.oh, g.ow), W: (n, g.co, g.oh, g.ow)}
-    others = {W: (n, g.ci, g.ih, g.iw)}
-    layout = _LAST if last else torch.contiguous_format
-    weight = (g.ci, g.co // g.groups, g.kh, g.kw)
-    a, b = (
-        torch.empty(shape, dtype=dtype, device="meta", memory_format=layout)
-        for shape in (shapes[kind], others.get(kind, weight))
-    )
-    family = _label(kind)(device, a, b, g, tf32=tf32).split(" ")[0]
+    family = _families(kind, *_empty_operands(g, n, dtype, last), g, tf32, device).split(" ")[0]
     name = torch.cuda.get_device_name(device) if torch.cuda.is_available() else ""
-    kind_of = "tf32" if tf32 else str(dtype)[6:]
-    return why_torch(name, family, _PASS[kind], kind_of, "NHWC" if last else "NCHW", n * g.ih * g.iw)
+    dtype_class = "tf32" if tf32 else str(dtype)[6:]
+    return why_torch(name, family, _PASSES[kind], dtype_class, "NHWC" if last else "NCHW", n * g.ih * g.iw)
 
 
 def _cuda_yields(kind: int):
     def yields(a, b, *rest) -> str | None:
         g = rest[1] if kind == Y else rest[0]
-        last = any(t.is_contiguous(memory_format=_LAST) and not t.is_contiguous() for t in (a, b))
-        return _cuda_yields_to_torch(kind, g, a.shape[0], a.dtype, _tf32(a), last, a.device)
+        return _cuda_yields_to_torch(kind, g, a.shape[0], a.dtype, _tf32(a), _either_last(a, b), a.device)
 
     return yields
 
