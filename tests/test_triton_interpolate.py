@@ -31,21 +31,9 @@ host = importlib.import_module("aeup.kernels.interpolate")
 plans = importlib.import_module("aeup.kernels.plans")
 
 if INTERPRETED:
-    # The interpreter patches triton.language at every call of a jitted function: most of its time, and once will do.
-    import triton.runtime.interpreter as interpreter
+    from triton_interpreter import patch_language_once
 
-    patch, patched = interpreter._patch_lang, {}
-
-    class Kept:
-        def restore(self):
-            pass
-
-    def patch_once(fn):
-        if id(fn.__globals__) not in patched:
-            patched[id(fn.__globals__)] = (fn, patch(fn))
-        return Kept()
-
-    interpreter._patch_lang = patch_once
+    patch_language_once()
 
 # (n, c), input size, output size or None, scale factors or None
 GEOMETRIES = {
