@@ -8,6 +8,12 @@ from .convolution import (
     refuses_convolution,
 )
 from .interpolate import interpolate, refuses
+from .upsample_conv import (
+    refuses_upsample_conv2d,
+    upsample_conv2d,
+    upsample_conv2d_input_gradient,
+    upsample_conv2d_weight_gradient,
+)
 
 __all__ = [
     "conv_epilogue_gradient",
@@ -17,4 +23,8 @@ __all__ = [
     "interpolate",
     "refuses",
     "refuses_convolution",
+    "refuses_upsample_conv2d",
+    "upsample_conv2d",
+    "upsample_conv2d_input_gradient",
+    "upsample_conv2d_weight_gradient",
 ]

@@ -14,7 +14,7 @@ from .convolution_plans import (
     gemm_plan,
     weight_plan,
 )
-from .interpolate import DTYPES, SCRATCH, _device, _has_triton, interpreted, is_channels_last
+from .interpolate import DTYPES, SCRATCH, _device, _has_triton, constants_of, interpreted, is_channels_last
 from .plans import LIMIT32
 
 FLOATS = {dtype: name for dtype, name in DTYPES.items() if dtype.is_floating_point}
@@ -31,40 +31,36 @@ def convolution_kernels() -> dict:
     return {name: getattr(module, name) for name in names}
 
 
-def _ready(plan) -> tuple:
-    """The plan's launches as they are called: (kernel, buffers, grid, scalars, options)."""
-    import triton.language as tl
-
-    accumulators = {"fp32": tl.float32, "fp64": tl.float64}
-    ready = []
+def ready(plan, kernels: dict) -> tuple:
+    """The plan, and its launches as they are called: (kernel, buffers, grid, scalars, options)."""
+    launches = []
     for launch in plan.launches:
-        options = {k: accumulators[v] if k == "ACC" else v for k, v in launch.constants.items()}
-        options["num_warps"] = launch.warps
-        kernel = convolution_kernels()[launch.kernel]
-        ready.append((kernel, launch.buffers, (launch.grid, 1, 1), tuple(launch.scalars.values()), options))
-    return plan, tuple(ready)
+        options = constants_of(launch) | {"num_warps": launch.warps}
+        scalars = tuple(launch.scalars.values())
+        launches.append((kernels[launch.kernel], launch.buffers, (launch.grid, 1, 1), scalars, options))
+    return plan, tuple(launches)
 
 
 @lru_cache(maxsize=1024)
 def prepared(make, *key) -> tuple:
-    return _ready(make(*key))
+    return ready(make(*key), convolution_kernels())
 
 
-def _run(plan, ready, like: torch.Tensor, tensors: dict) -> None:
+def run(plan, launches, like: torch.Tensor, tensors: dict) -> None:
     on_gpu = like.device.type == "cuda"
     if on_gpu and torch.cuda.current_device() != like.device.index:
         with torch.cuda.device(like.device):
-            return _run(plan, ready, like, tensors)
+            return run(plan, launches, like, tensors)
     for name, (elements, kind) in plan.scratch.items():
         tensors[name] = torch.empty(elements, dtype=TYPES[kind], device=like.device)
-    for kernel, buffers, grid, scalars, options in ready:
+    for kernel, buffers, grid, scalars, options in launches:
         kernel[grid](*[tensors[name] for name in buffers], *scalars, **options)
 
 
 # --- what these kernels serve ---
 
 
-def _tensor_refusal(**tensors) -> str | None:
+def tensor_refusal(**tensors) -> str | None:
     if not _has_triton():
         return "the package triton is not installed"
     first_name, first = next(iter(tensors.items()))
@@ -114,7 +110,7 @@ def _geometry_refusal(size, made, weight_shape, stride, padding, groups, dilatio
 def _refuses_forward(
     input, weight, bias, stride, padding, output_padding, groups, dilation, activation=None, slope=0.01, *, tf32=False
 ):
-    if reason := _tensor_refusal(input=input, weight=weight, bias=bias):
+    if reason := tensor_refusal(input=input, weight=weight, bias=bias):
         return reason
     if activation not in ACTIVATIONS:
         return f"activation must be None or one of {', '.join(ACTIVATIONS[1:])}; got {activation!r}"
@@ -136,7 +132,7 @@ def _made(input, weight, stride, padding, output_padding, dilation) -> tuple[int
 
 
 def _refuses_input_gradient(grad_output, weight, input_size, stride, padding, groups, dilation, *, tf32=False):
-    if reason := _tensor_refusal(grad_output=grad_output, weight=weight):
+    if reason := tensor_refusal(grad_output=grad_output, weight=weight):
         return reason
     if reason := _geometry_refusal(input_size, grad_output.shape[2:], weight.shape, stride, padding, groups, dilation):
         return reason
@@ -148,7 +144,7 @@ def _refuses_input_gradient(grad_output, weight, input_size, stride, padding, gr
 
 
 def _refuses_weight_gradient(grad_output, input, kernel_size, stride, padding, groups, dilation, *, tf32=False):
-    if reason := _tensor_refusal(grad_output=grad_output, input=input):
+    if reason := tensor_refusal(grad_output=grad_output, input=input):
         return reason
     if groups < 1 or grad_output.shape[1] % groups:
         return f"groups {groups} does not divide the {grad_output.shape[1]} output channels"
@@ -159,7 +155,7 @@ def _refuses_weight_gradient(grad_output, input, kernel_size, stride, padding, g
 
 
 def _refuses_epilogue(grad_output, output, activation, slope, bias):
-    if reason := _tensor_refusal(grad_output=grad_output, output=output):
+    if reason := tensor_refusal(grad_output=grad_output, output=output):
         return reason
     if activation not in ACTIVATIONS:
         return f"activation must be None or one of {', '.join(ACTIVATIONS[1:])}; got {activation!r}"
@@ -189,13 +185,17 @@ def _check(name: str, *args, **kwargs) -> None:
 # --- the functions ---
 
 
-def _layout(nhwc: bool):
+def device_name(t: torch.Tensor) -> str:
+    return _device(t.device.index)[0] if t.device.type == "cuda" else "interpreter"
+
+
+def dense(nhwc: bool) -> torch.memory_format:
     return torch.channels_last if nhwc else torch.contiguous_format
 
 
 def _convolution(t, n, weight_shape, groups, size, made, stride, padding, dilation, nhwc, weight_nhwc, tf32):
     ci, co, kh, kw = weight_shape
-    device = _device(t.device.index)[0] if t.device.type == "cuda" else "interpreter"
+    device = device_name(t)
     axes = (Axis(*a) for a in zip(size, made, (kh, kw), stride, padding, dilation, strict=True))
     cast = device == "interpreter" and t.dtype.itemsize == 2
     return Convolution(n, ci // groups, co, groups, *axes, FLOATS[t.dtype], nhwc, weight_nhwc, tf32, device, cast)
@@ -224,17 +224,17 @@ def conv_transpose2d(
     made = _made(input, weight, stride, padding, output_padding, dilation)
     weight_nhwc = is_channels_last(weight)
     nhwc = weight_nhwc or is_channels_last(input)
-    input, weight = input.contiguous(memory_format=_layout(nhwc)), weight.contiguous(memory_format=_layout(weight_nhwc))
+    input, weight = input.contiguous(memory_format=dense(nhwc)), weight.contiguous(memory_format=dense(weight_nhwc))
     shape = (n, weight.shape[1] * groups, *made)
-    out = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=_layout(nhwc))
+    out = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=dense(nhwc))
     if not out.numel():
         return out
     size = input.shape[2:]
     c = _convolution(input, n, weight.shape, groups, size, made, stride, padding, dilation, nhwc, weight_nhwc, tf32)
     slope = float(slope) if activation == "leaky_relu" else 0.0
-    plan, ready = prepared(gemm_plan, c, False, bias is not None, ACTIVATIONS.index(activation), slope)
+    plan = prepared(gemm_plan, c, False, bias is not None, ACTIVATIONS.index(activation), slope)
     bias = out if bias is None else bias.contiguous()
-    _run(plan, ready, input, {"x": input, "w": weight, "bias": bias, "y": out})
+    run(*plan, input, {"x": input, "w": weight, "bias": bias, "y": out})
     return out
 
 
@@ -251,18 +251,18 @@ def conv_transpose2d_input_gradient(
     n, made = grad_output.shape[0], grad_output.shape[2:]
     weight_nhwc = is_channels_last(weight)
     nhwc = weight_nhwc or is_channels_last(grad_output)
-    grad = grad_output.contiguous(memory_format=_layout(nhwc))
-    weight = weight.contiguous(memory_format=_layout(weight_nhwc))
+    grad = grad_output.contiguous(memory_format=dense(nhwc))
+    weight = weight.contiguous(memory_format=dense(weight_nhwc))
     shape = (n, weight.shape[0], *input_size)
-    out = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=_layout(nhwc))
+    out = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=dense(nhwc))
     if not out.numel():
         return out
     if not grad.numel():
         return out.zero_()
     size = tuple(input_size)
     c = _convolution(grad, n, weight.shape, groups, size, made, stride, padding, dilation, nhwc, weight_nhwc, tf32)
-    plan, ready = prepared(gemm_plan, c, True)
-    _run(plan, ready, grad, {"x": grad, "w": weight, "bias": out, "y": out})
+    plan = prepared(gemm_plan, c, True)
+    run(*plan, grad, {"x": grad, "w": weight, "bias": out, "y": out})
     return out
 
 
@@ -278,17 +278,17 @@ def conv_transpose2d_weight_gradient(
     args = (grad_output, input, kernel_size, stride, padding, groups, dilation)
     _check("conv_transpose2d_weight_gradient", *args, tf32=tf32)
     nhwc = is_channels_last(grad_output) or is_channels_last(input)
-    grad, input = (t.contiguous(memory_format=_layout(nhwc)) for t in (grad_output, input))
+    grad, input = (t.contiguous(memory_format=dense(nhwc)) for t in (grad_output, input))
     shape = (input.shape[1], grad.shape[1] // groups, *kernel_size)
-    out = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=_layout(nhwc))
+    out = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=dense(nhwc))
     if not out.numel():
         return out
     if not input.numel() or not grad.numel():
         return out.zero_()
     n, size, made = input.shape[0], input.shape[2:], grad.shape[2:]
     c = _convolution(input, n, shape, groups, size, made, stride, padding, dilation, nhwc, nhwc, tf32)
-    plan, ready = prepared(weight_plan, c)
-    _run(plan, ready, input, {"x": input, "grad": grad, "y": out})
+    plan = prepared(weight_plan, c)
+    run(*plan, input, {"x": input, "grad": grad, "y": out})
     return out
 
 
@@ -310,14 +310,14 @@ def conv_epilogue_gradient(
         return grad_output, sums
     if not grad_output.numel():
         return grad_output if activation is None else torch.empty_like(grad_output), sums.zero_()
-    grad = grad_output.contiguous(memory_format=_layout(nhwc))
-    result, output = grad_output, grad if activation is None else output.contiguous(memory_format=_layout(nhwc))
+    grad = grad_output.contiguous(memory_format=dense(nhwc))
+    result, output = grad_output, grad if activation is None else output.contiguous(memory_format=dense(nhwc))
     if activation is not None:
-        result = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device, memory_format=_layout(nhwc))
+        result = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device, memory_format=dense(nhwc))
     slope = float(slope) if activation == "leaky_relu" else 0.0
-    device = _device(grad.device.index)[0] if grad.device.type == "cuda" else "interpreter"
+    device = device_name(grad)
     innermost = channels > 1 and (nhwc or plane[0] * plane[1] == 1)
     key = (n, channels, plane[0] * plane[1], FLOATS[grad.dtype], innermost, ACTIVATIONS.index(activation), slope, bias)
-    plan, ready = prepared(epilogue_plan, *key, device)
-    _run(plan, ready, grad, {"grad": grad, "output": output, "y": result, "bias": sums})
+    plan = prepared(epilogue_plan, *key, device)
+    run(*plan, grad, {"grad": grad, "output": output, "y": result, "bias": sums})
     return result, sums

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -95,7 +94,7 @@ def phases_together(v: Axis, h: Axis, channels: int, itemsize: int, widest: int)
     return best
 
 
-def precision(c: Convolution, config: dict) -> str:
+def precision(c, config: dict) -> str:
     """Of tl.dot: only float32 has a choice."""
     return ("tf32" if c.tf32 else config.get("strict", "tf32x3")) if c.dtype == "fp32" else "ieee"
 
@@ -279,16 +278,16 @@ def weight_plan(c: Convolution) -> Plan:
     buffers = ("x", source, "part" if splits > 1 else "y")
     launches.append(Launch("weight_gradient", buffers, programs * splits, scalars, constants, config["warps"]))
     if splits > 1:
-        launches.append(_summed(total, splits, co, taps, planar, acc, config))
+        launches.append(summed(total, splits, co, taps, planar, acc, config))
     return Plan(tuple(launches), scratch)
 
 
-def _summed(total: int, count: int, co: int, taps: int, planar: bool, acc: str, config: dict) -> Launch:
+def summed(total: int, count: int, co: int, taps: int, planar: bool, acc: str, config: dict, to: str = "y") -> Launch:
     bs = min(power(count), 16)
     bn = min(power(total), config.get("sum", 128))
     scalars = {"total": total, "count": count, "co": co, "taps": taps}
     constants = {"PLANAR": planar, "ACC": acc, "BS": bs, "BN": bn}
-    return Launch("sum_partials", ("part", "y"), ceil(total, bn), scalars, constants, 4)
+    return Launch("sum_partials", ("part", to), ceil(total, bn), scalars, constants, 4)
 
 
 @lru_cache(maxsize=1024)
@@ -320,5 +319,5 @@ def epilogue_plan(n, channels, plane, dtype, nhwc, activation, slope, bias, devi
     scratch = {}
     if bias:
         scratch["part"] = (ranges * channels, acc)
-        launches.append(replace(_summed(channels, ranges, 1, 1, False, acc, config), buffers=("part", "bias")))
+        launches.append(summed(channels, ranges, 1, 1, False, acc, config, to="bias"))
     return Plan(tuple(launches), scratch)
