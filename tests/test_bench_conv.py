@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from aeup.bench import conv_transpose2d as conv
-from aeup.bench import harness, machine, peers, report, timing
+from aeup.bench import harness, layer, machine, peers, report, timing
 from aeup.bench.cli import bench
 from aeup.bench.gate import SECOND_TORCH, Gate
 from aeup.bench.workload import DIRECTIONS, LAYOUTS, precision
@@ -34,7 +34,7 @@ def undisturbed(monkeypatch):
 
 
 def case(geometry="k4", dtype="fp32", layout="NCHW"):
-    return conv.Case(geometry, GEOMETRIES[geometry], dtype, layout, "this test")
+    return layer.Case(geometry, GEOMETRIES[geometry], dtype, layout, "this test")
 
 
 def composed(c):
@@ -46,7 +46,7 @@ def subject(make=composed, name="ours", **kw):
 
 
 def everyone(ours):
-    return [peers.torch_eager(), conv.torch_other_layout(), ours]
+    return [peers.torch_eager(), layer.torch_other_layout(), ours]
 
 
 def measured(ours, c=None, direction="forward", s=FAST):
@@ -72,7 +72,7 @@ def by_hand(g, x, w, b):
 
 
 def test_the_table_is_what_it_says():
-    assert len(conv.WORKLOADS) == len(set(conv.SHAPES)) == 17
+    assert len(conv.WORKLOADS) == len(set(conv.SHAPES)) and sum(w.set == "main" for w in conv.WORKLOADS) == 17
     for device, dtypes in (("cpu", 2), ("cuda", 3)):
         table = conv.conv_transpose2d_cases(device)
         assert len(table) == 17 * dtypes * 2 == len({c.id for c in table}) and all(c.source for c in table)
@@ -84,7 +84,7 @@ def test_the_table_is_what_it_says():
 
 
 def test_bytes_and_flops():
-    c = next(c for c in conv.conv_transpose2d_cases("cuda", ("pose3",), ("bf16",)))
+    c = next(c for c in conv.conv_transpose2d_cases("cuda", shapes=("pose3",), dtypes=("bf16",)))
     assert c.geometry.output == (32, 256, 64, 48)
     x, w, y = 32 * 256 * 32 * 24, 256 * 256 * 16, 32 * 256 * 64 * 48
     assert c.bytes("forward") == 2 * (x + w + 256 + y)
@@ -133,7 +133,7 @@ def test_data_is_shared_and_scaled():
     oracle = case("wide").problem("cpu", 1).oracle
     before = by_hand(GEOMETRIES["wide"], *(t.double() for t in oracle.inputs))
     assert 0.5 < before.std() < 2
-    cut = before.abs() < conv.MARGIN * before.std(correction=0)
+    cut = before.abs() < layer.MARGIN * before.std(correction=0)
     assert 0.005 < cut.double().mean() < 0.06 and ((oracle.grad == 0) == cut).all()
 
 
@@ -151,7 +151,7 @@ def test_torch_itself_passes_the_gate(geometry, direction):
 def test_a_sign_that_rounding_decides_does_not_decide_the_gate():
     def shifted(c):
         """As a kernel would that is off by half the margin before the activation."""
-        return lambda x, w, b: F.relu(F.conv_transpose2d(x, w, b, *c.geometry.arguments()) + 0.4 * conv.MARGIN)
+        return lambda x, w, b: F.relu(F.conv_transpose2d(x, w, b, *c.geometry.arguments()) + 0.4 * layer.MARGIN)
 
     row = measured(subject(shifted), case("wide"), "backward")
     assert row.status == "ok", row.results["ours"].reason
@@ -219,7 +219,7 @@ def test_gate_catches_a_wrong_op(make):
 
 def test_layouts_are_kept():
     def make(c):
-        return lambda x, w, b: composed(c)(x, w, b).contiguous(memory_format=LAYOUTS[conv.OTHER_LAYOUT[c.layout]])
+        return lambda x, w, b: composed(c)(x, w, b).contiguous(memory_format=LAYOUTS[layer.OTHER_LAYOUT[c.layout]])
 
     for layout in LAYOUTS:
         row = measured(subject(make), case(layout=layout))
@@ -257,7 +257,7 @@ def test_the_other_layout_is_converted_outside_of_the_call():
 
         return fn
 
-    other = conv.torch_other_layout()
+    other = layer.torch_other_layout()
     spy = peers.Peer("spy", make, adapt=other.adapt)
     row = harness.measure(case(layout="NHWC"), "forward", [peers.torch_eager(), spy, subject()], FAST)
     assert row.results["spy"].status == "ok" and row.results["spy"].timing

@@ -14,14 +14,20 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from . import conv_transpose2d, interpolate
+from . import conv_transpose2d, interpolate, upsample_conv2d
+from .compare import against
 from .harness import Row, Settings, run
 from .machine import environment, measure_machine
+from .page import make_page
 from .peers import BACKENDS, available
-from .report import Report
+from .report import Report, read_run, write_whole
 from .workload import DIRECTIONS, Operator
 
-OPERATORS: tuple[Operator, ...] = (interpolate.OPERATOR, conv_transpose2d.OPERATOR)
+OPERATORS: tuple[Operator, ...] = (
+    interpolate.OPERATOR,
+    conv_transpose2d.OPERATOR,
+    upsample_conv2d.OPERATOR,
+)
 WRITE_SECONDS = 2  # what was measured is on the disk at most so much later
 AXES_HELP = {
     "set": "Workloads: main (default) or those of real models. Repeatable, as are the other filters.",
@@ -54,6 +60,24 @@ def _sigterm_as_interrupt() -> Iterator[list[int]]:
         signal.signal(signal.SIGTERM, previous)
 
 
+class _Percent(click.ParamType):
+    """ "5%" or "5" as 0.05."""
+
+    name = "percent"
+
+    def convert(self, value, param, ctx) -> float:
+        try:
+            found = float(str(value).strip().removesuffix("%")) / 100
+        except ValueError:
+            found = -1.0
+        if not 0 <= found < float("inf"):
+            self.fail(f"expected a percentage of at least 0, such as 5%; got {value!r}", param, ctx)
+        return found
+
+
+PERCENT = _Percent()
+
+
 def _many(option: str, values):
     return click.option(f"--{option}", f"{option}s", multiple=True, type=click.Choice(values), help=AXES_HELP[option])
 
@@ -75,6 +99,12 @@ def _options(operator: Operator):
             "--quick", is_flag=True, help=f"Only {', '.join(operator.quick)}, few samples: a look, not a result."
         ),
         click.option(
+            "--compare",
+            type=click.Path(exists=True, dir_okay=False, path_type=pathlib.Path),
+            help="An earlier run's JSON: show what became slower.",
+        ),
+        click.option("--fail-if-slower", type=PERCENT, help="With --compare: exit code 1 if a row is; 5% or so."),
+        click.option(
             "--json", "json_path", type=click.Path(dir_okay=False, path_type=pathlib.Path), help="Where to write."
         ),
     ]
@@ -92,9 +122,9 @@ def _command(operator: Operator) -> click.Command:
         operator.name,
         help=f"""Measure aeup.{operator.name} against torch.
 
-        Prints a table, losses first, and writes JSON (default: runs/bench/{operator.name}-DEVICE.json). Exit code 1 if
-        a result of aeup is wrong or nothing was measured, 130 or 143 if stopped (Ctrl-C, SIGTERM); what was measured is
-        kept.""",
+        Prints a table, losses first, and writes JSON (default: runs/bench/{operator.name}-DEVICE.json) and a page with
+        plots beside it. Exit code 1 if a result of aeup is wrong, a row slower than --fail-if-slower allows, or nothing
+        was measured, 130 or 143 if stopped (Ctrl-C, SIGTERM); what was measured is kept.""",
     )
     @_options(operator)
     def command(**options) -> None:
@@ -104,7 +134,19 @@ def _command(operator: Operator) -> click.Command:
 
 
 def _measure(
-    operator: Operator, device, directions, backend, compiled, threads, min_time, retries, quick, json_path, **filters
+    operator: Operator,
+    device,
+    directions,
+    backend,
+    compiled,
+    threads,
+    min_time,
+    retries,
+    quick,
+    compare,
+    fail_if_slower,
+    json_path,
+    **filters,
 ) -> int:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -128,6 +170,14 @@ def _measure(
     options = filters | dict(directions=directions, backend=backend, retries=retries)
     options |= dict(compiled=compiled, threads=threads, quick=quick)
     report = Report(operator, [], environment(device), gaps, settings, options)
+    if fail_if_slower is not None and compare is None:
+        raise click.UsageError("--fail-if-slower needs --compare OLD.json")
+    if compare:
+        try:
+            old = read_run(compare)
+            report.comparison = against(old, str(compare), operator.name, report.environment, fail_if_slower)
+        except ValueError as error:
+            raise click.BadParameter(str(error), param_hint="--compare") from None
     started = time.monotonic()
     try:  # a path that cannot be written is found out before the work, not after
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -160,16 +210,38 @@ def _measure(
         report.rows, stopped = run(cases, chosen, peers, settings, before, after, report.machine)
     report.stopped_by = (caught or [int(signal.SIGINT)])[0] if stopped else None
     report.write(path)
+    write_whole(path.with_suffix(".html"), make_page([report.to_json()]))
     console = Console()
     if not console.is_terminal:
         console = Console(width=260 if report.eager else 160)
     report.render(console)
-    console.print(f"{time.monotonic() - started:.0f} s, written to {path}", soft_wrap=True, highlight=False)
+    console.print(f"{time.monotonic() - started:.0f} s, written to {path} and .html", soft_wrap=True, highlight=False)
     return report.exit_code()
 
 
 for _operator in OPERATORS:
     _command(_operator)
+
+
+@bench.command()
+@click.argument("runs", nargs=-1, type=click.Path(exists=True, dir_okay=False, path_type=pathlib.Path))
+@click.option("--out", type=click.Path(dir_okay=False, path_type=pathlib.Path), default="runs/bench/report.html")
+def page(runs: tuple[pathlib.Path, ...], out: pathlib.Path) -> None:
+    """Write one page of several runs (default: the JSON files in runs/bench)."""
+    runs = runs or tuple(sorted(pathlib.Path("runs/bench").glob("*.json")))
+    if not runs:
+        raise click.UsageError("runs/bench has no JSON file: measure first, or name the files")
+    try:
+        text = make_page([read_run(path) for path in runs])
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="RUNS") from None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(out, text)
+    except OSError as error:
+        raise click.BadParameter(f"{out}: {error.strerror}", param_hint="--out") from None
+    click.echo(f"written to {out}")
+
 
 if __name__ == "__main__":
     bench()

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import aeup
 
+from . import decoders
 from .gate import autograd_backward
 from .peers import Peer
 from .workload import DTYPES, EPS, LAYOUTS, Operator, Part, checked
@@ -222,13 +223,25 @@ def parts(case: Case, direction: str, given: Tensor) -> tuple[Part]:
 # --- the table ---
 
 
-def _models(name, gpu, cpu, source, mode, by="scale", align_corners=None) -> Workload:
-    return Workload(name, Geometry(*gpu), Geometry(*cpu), source, by, (mode,), align_corners, "models")
+def _of_models() -> list[Workload]:
+    return [
+        Workload(
+            row.name,
+            Geometry(*row.input, *row.arguments["size"]),
+            Geometry(*row.cpu, *row.input[2:], *row.arguments["size"]),
+            row.source,
+            row.arguments["by"],
+            (row.arguments["mode"],),
+            row.arguments["align_corners"],
+            "models",
+        )
+        for row in decoders.rows("interpolate")
+    ]
 
 
 # main: five large shapes that between them need every specialisation, and a small one that shows the host's cost.
 # On a CPU the same kinds, with outputs of 5 to 14 MB in float32: larger than a core's L2 cache.
-# models: as the models call it; the batch size is our choice where the source leaves it open, and smaller on a CPU.
+# models: as the models call it.
 WORKLOADS: tuple[Workload, ...] = (
     Workload(
         "feat_x2",
@@ -267,86 +280,7 @@ WORKLOADS: tuple[Workload, ...] = (
         Geometry(1, 64, 16, 16, 32, 32),
         "small feature map: launch and host cost",
     ),
-    _models(
-        "unet_bilinear",
-        (4, 64, 256, 256, 512, 512),
-        (1, 16, 256, 256, 512, 512),
-        "Pytorch-UNet unet_parts.py, last Up at 512x512",
-        "bilinear",
-        align_corners=True,
-    ),
-    _models(
-        "fpn",
-        (2, 256, 25, 34, 50, 68),
-        (2, 256, 25, 34, 50, 68),
-        "torchvision ops/feature_pyramid_network.py, top-down path",
-        "nearest",
-        by="size",
-    ),
-    _models(
-        "deeplab",
-        (8, 21, 65, 65, 520, 520),
-        (1, 21, 65, 65, 520, 520),
-        "torchvision models/segmentation/_utils.py",
-        "bilinear",
-        by="size",
-        align_corners=False,
-    ),
-    _models(
-        "bifpn",
-        (8, 64, 32, 32, 64, 64),
-        (8, 64, 32, 32, 64, 64),
-        "effdet efficientdet.py, EfficientDet-D0",
-        "nearest",
-    ),
-    _models(
-        "nvae_nearest",
-        (200, 256, 4, 4, 8, 8),
-        (200, 256, 4, 4, 8, 8),
-        "NVAE neural_operations.py",
-        "nearest",
-    ),
-    _models(
-        "nvae_bilinear",
-        (200, 64, 16, 16, 32, 32),
-        (50, 64, 16, 16, 32, 32),
-        "NVAE neural_operations.py",
-        "bilinear",
-        align_corners=True,
-    ),
-    _models(
-        "raft",
-        (1, 2, 55, 128, 440, 1024),
-        (1, 2, 55, 128, 440, 1024),
-        "torchvision models/optical_flow/_utils.py, upsample_flow",
-        "bilinear",
-        by="size",
-        align_corners=True,
-    ),
-    _models(
-        "keypoint",
-        (100, 17, 28, 28, 56, 56),
-        (50, 17, 28, 28, 56, 56),
-        "torchvision models/detection/keypoint_rcnn.py, KeypointRCNNPredictor",
-        "bilinear",
-        align_corners=False,
-    ),
-    _models(
-        "wan_exact",
-        (4, 192, 240, 416, 480, 832),
-        (1, 16, 240, 416, 480, 832),
-        "diffusers autoencoder_kl_wan.py, WanUpsample",
-        "nearest-exact",
-    ),
-    _models(
-        "vit_position",
-        (1, 768, 14, 14, 24, 24),
-        (1, 768, 14, 14, 24, 24),
-        "torchvision models/vision_transformer.py, interpolate_embeddings",
-        "bicubic",
-        by="size",
-        align_corners=True,
-    ),
+    *_of_models(),
 )
 SETS = tuple(dict.fromkeys(w.set for w in WORKLOADS))
 SHAPES = tuple(w.name for w in WORKLOADS)
@@ -419,7 +353,7 @@ def flag_gems() -> Peer:
     return Peer("flag_gems", make, refuses=refuses)
 
 
-def more_peers(device: str) -> tuple[list[Peer], dict[str, str]]:
+def more_peers(device: str, compiled: bool) -> tuple[list[Peer], dict[str, str]]:
     if device == "cpu":
         return [], {"flag_gems": "has no CPU kernels"}
     if importlib.util.find_spec("flag_gems") is None:

@@ -88,5 +88,5 @@ def available(
         peers.append(torch_compiled())
     else:
         gaps["compiled"] = "switched off, turn it on with --compiled"
-    more, missing = operator.peers(device)
+    more, missing = operator.peers(device, compiled)
     return [*peers, *more, aeup_peer(backend)], {**gaps, **missing}

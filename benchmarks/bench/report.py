@@ -15,6 +15,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from .compare import Comparison
 from .gate import FLOOR_ULPS, Check
 from .harness import COPY, MOVER, Result, Row, Settings, Timing
 from .machine import Machine
@@ -22,6 +23,31 @@ from .workload import Operator
 
 SCHEMA = "aeup.bench/1"
 NOISY = 0.3  # spread above which a row is called noisy
+
+
+def read_run(path: pathlib.Path) -> dict:
+    """A run's JSON. Raises ValueError where the file is none."""
+    try:
+        run = json.loads(path.read_text())
+        schema, _ = run["schema"], (run["kind"], run["rows"], run["environment"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no run of aeup bench: {type(error).__name__}: {error}") from None
+    if schema != SCHEMA:
+        raise ValueError(f"{path} has schema {schema!r}, expected {SCHEMA!r}")
+    return run
+
+
+def write_whole(path: pathlib.Path, text: str) -> None:
+    """Write the file whole or not at all."""
+    handle, name = tempfile.mkstemp(prefix=path.name, suffix=".part", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        pathlib.Path(name).unlink(missing_ok=True)
+        raise
 
 
 def geometric_mean(values: Iterable[float]) -> float | None:
@@ -159,7 +185,7 @@ def _count(rows: Sequence[Row], status: str) -> int:
 
 @dataclasses.dataclass
 class Report:
-    """A whole run. `stopped_by` is the number of the signal that ended it early."""
+    """A whole run. `stopped_by` is the number of the signal that ended it early; `comparison`: with an earlier run."""
 
     operator: Operator
     rows: Sequence[Row]
@@ -169,6 +195,7 @@ class Report:
     options: dict
     machine: Machine | None = None
     stopped_by: int | None = None
+    comparison: Comparison | None = None
 
     @property
     def gpu(self) -> bool:
@@ -181,6 +208,7 @@ class Report:
     def to_json(self) -> dict:
         clock = "CUDA events, L2 flushed, host excluded" if self.gpu else "perf_counter, peers interleaved"
         ratio = "peer's median / aeup's median, above 1 aeup is faster"
+        rows = self._rows_json()
         return {
             "schema": SCHEMA,
             "kind": self.operator.name,
@@ -200,26 +228,23 @@ class Report:
             },
             "gaps": self.gaps,
             "summary": summary(self.rows),
-            "rows": [row_json(row, self.gpu) for row in self.rows],
+            **({"comparison": self.comparison.to_json(rows)} if self.comparison else {}),
+            "rows": rows,
         }
 
+    def _rows_json(self) -> list[dict]:
+        return [row_json(row, self.gpu) for row in self.rows]
+
     def write(self, path: pathlib.Path) -> None:
-        """Write the JSON file whole or not at all."""
-        handle, name = tempfile.mkstemp(prefix=path.name, suffix=".part", dir=path.parent)
-        try:
-            with os.fdopen(handle, "w") as file:
-                json.dump(self.to_json(), file, indent=1, allow_nan=False)
-            os.chmod(name, 0o644)
-            os.replace(name, path)
-        except BaseException:
-            pathlib.Path(name).unlink(missing_ok=True)
-            raise
+        write_whole(path, json.dumps(self.to_json(), indent=1, allow_nan=False))
 
     def exit_code(self) -> int:
-        """128 + the signal if stopped, 1 if a row is red, raised, or nothing at all was measured, else 0."""
+        """128 + the signal if stopped, 1 if a row is red, raised, or slower than the comparison allows, or nothing at
+        all was measured, else 0."""
         if self.stopped_by:
             return 128 + self.stopped_by
         bad = _count(self.rows, "red") + _count(self.rows, "error")
+        bad += len(self.comparison.slower(self._rows_json())) if self.comparison else 0
         return 1 if bad or not _count(self.rows, "ok") else 0
 
     # --- the table ---
@@ -361,7 +386,8 @@ class Report:
         return f"floor: bytes at {copy:.0f} GB/s (copy) or products at {rates} TFLOP/s (matrix product), as measured"
 
     def render(self, console: Console) -> None:
-        console.print(Group(self.table(), self.means_table(), *self.notes()))
+        compared = self.comparison.render(self._rows_json(), _new_table("")) if self.comparison else []
+        console.print(Group(self.table(), self.means_table(), *compared, *self.notes()))
 
 
 def _new_table(title: str) -> Table:

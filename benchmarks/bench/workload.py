@@ -103,9 +103,10 @@ class Operator:
 
     `axes`: the filters (the names of the command line's options without the s) with their values. `columns`: the
     fields of a case that name it in the table. `cases(device type, **filters)` makes the table, with an empty filter
-    for the default. `peers(device type)` gives the peers besides torch and aeup, and the gaps. `min_time`: seconds for
-    a peer and row, by device type. `eager`: also time calls one after another, with the host's time. `group`: what the
-    cases' groups are; `budget`: what the gate does beyond its rule; `notes`: what a reader of the table must know.
+    for the default. `peers(device type, with torch.compile)` gives the peers besides torch and aeup, and the gaps.
+    `min_time`: seconds for a peer and row, by device type. `eager`: also time calls one after another, with the host's
+    time. `group`: what the cases' groups are; `budget`: what the gate does beyond its rule; `notes`: what a reader of
+    the table must know.
     """
 
     name: str
@@ -113,7 +114,7 @@ class Operator:
     columns: tuple[str, ...]
     quick: tuple[str, ...]
     cases: Callable[..., list]
-    peers: Callable[[str], tuple[list[Peer], dict[str, str]]]
+    peers: Callable[[str, bool], tuple[list[Peer], dict[str, str]]]
     min_time: Mapping[str, float] = field(default_factory=lambda: {"cpu": 0.15, "cuda": 0.05})
     group: str = "group"
     eager: bool = False
