@@ -37,10 +37,10 @@ clean:
 
 # The extension is built against the torch of .venv, so that no second torch is downloaded.
 .venv/.train: .venv/.torch $(SOURCES)
-	$(PY) -m pip install -q --no-build-isolation -e ".[train]" "numpy<2.4"
+	$(PY) -m pip install -q --no-build-isolation -e ".[train]" "$(TORCH)" "numpy<2.4"
 	touch $@
 
 .venv/.test: .venv/.torch $(SOURCES)
-	$(PY) -m pip install -q --no-build-isolation -e ".[dev]" "numpy<2.4"
+	$(PY) -m pip install -q --no-build-isolation -e ".[dev]" "$(TORCH)" "numpy<2.4"  # torchvision for this torch
 	$(PY) -c "import triton" 2>/dev/null || $(PY) -m pip install -q triton==3.6.0  # a CPU torch brings none
 	touch $@

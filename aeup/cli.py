@@ -1,4 +1,4 @@
-"""The command line: ``aeup train``, ``aeup info``, ``aeup bench``.
+"""The command line: ``aeup train``, ``aeup sample``, ``aeup info``, ``aeup bench`` and others.
 
 Exit codes: 2 wrong usage, 1 failure, 128 + the signal's number for a run that was stopped (130 Ctrl-C, 143 SIGTERM).
 """
@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import importlib
 import platform
-import time
-from pathlib import Path
 
 try:
     import click
@@ -18,25 +16,30 @@ except ImportError as e:
 import torch
 
 import aeup
-from aeup.decoder import UPSAMPLE
 
-MODEL_NAMES = ("ae", "vae")
+# Name -> the module that holds the command, and the extra that the module needs.
+LAZY = {
+    "train": ("aeup.cli_train", "train"),
+    **dict.fromkeys(("sample", "reconstruct", "encode", "evaluate"), ("aeup.cli_apply", "train")),
+    "bench": ("aeup.bench.cli", "bench"),
+}
 
 
 class Commands(click.Group):
-    """Imports ``bench`` only when it is asked for: it needs packages that training does not."""
+    """Imports a command only when it is asked for: each needs packages that others do not."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted([*super().list_commands(ctx), "bench"])
+        return sorted([*super().list_commands(ctx), *LAZY])
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        if name != "bench":
+        if name not in LAZY:
             return super().get_command(ctx, name)
+        module, extra = LAZY[name]
         try:
-            return importlib.import_module("aeup.bench.cli").bench
+            found = vars(importlib.import_module(module)).values()
         except ImportError as e:
-            reason = f'not available ({e}): pip install "aeup[bench]"'
-            return _unavailable("bench", reason)
+            return _unavailable(name, f'not available ({e}): pip install "aeup[{extra}]"')
+        return next(c for c in found if isinstance(c, click.Command) and c.name == name)
 
 
 def _unavailable(name: str, reason: str) -> click.Command:
@@ -54,82 +57,8 @@ def main() -> None:
     """aeup: fast, exact upsampling for PyTorch decoders."""
 
 
-@main.command()
-@click.argument("model", type=click.Choice(MODEL_NAMES))
-@click.option("--data", help="mnist5k (default), fashion-mnist, or the path of an IDX file, an .npz or a folder.")
-@click.option("--epochs", type=click.IntRange(1), help="Passes over the training images.  [default: 30]")
-@click.option("--batch-size", type=click.IntRange(1), help="Images in one step.  [default: 64]")
-@click.option("--lr", type=click.FloatRange(0, min_open=True), help="Adam's peak learning rate.  [default: 0.003]")
-@click.option("--latent", type=click.IntRange(1), help="Length of the latent vector.  [default: 20]")
-@click.option("--upsample", type=click.Choice(UPSAMPLE), help="How the decoder enlarges.  [default: nearest]")
-@click.option("--seed", type=click.IntRange(0), help="Of split, weights, order and noise.  [default: 0]")
-@click.option("--out", type=click.Path(path_type=Path), help="The run's folder.  [default: runs/MODEL-DATE-TIME]")
-@click.option("--resume", metavar="RUN", type=click.Path(path_type=Path), help="Go on with the run in this folder.")
-@click.option("--device", help="cpu, cuda, cuda:1 ...  [default: cuda if there is one, else cpu]")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: torch's choice]")
-@click.option("--bf16/--no-bf16", default=None, help="Autocast to bfloat16.  [default: on a GPU only]")
-@click.option("--channels-last/--no-channels-last", default=None, help="Memory layout.  [default: on a GPU only]")
-@click.pass_context
-def train(
-    ctx: click.Context,
-    model: str,
-    epochs: int | None,
-    resume: Path | None,
-    device: str | None,
-    threads: int | None,
-    **given: object,
-) -> None:
-    """Train MODEL (vae, ae) on images: losses, checkpoints and pictures go to one folder.
-
-    A stopped run goes on with: aeup train MODEL --resume RUN
-    """
-    given = {k: v for k, v in given.items() if v is not None}
-    if resume is not None and given:
-        flags = ", ".join("--" + name.replace("_", "-") for name in given)
-        raise click.UsageError(f"--resume takes the stored configuration; it cannot be combined with {flags}")
-    target = _device(device)
-    if threads is not None:
-        torch.set_num_threads(threads)
-    try:
-        from aeup.data import DataError
-        from aeup.train import CheckpointError, Interrupted, TrainConfig, TrainingError
-        from aeup.train import train as run
-        from aeup.train.checkpoint import load_state
-    except ImportError as e:
-        raise click.ClickException(f'training needs more packages ({e}): pip install "aeup[train]"') from e
-
-    out = resume or given.pop("out", None) or Path("runs") / f"{model}-{time.strftime('%Y%m%d-%H%M%S')}"
-    try:
-        if resume is not None:
-            stored = load_state(resume / "last.pt")["model"]
-            if stored != model:
-                raise click.UsageError(f"{resume} holds a run of {stored!r}, not {model!r}")
-            rows = run(out=out, resume=True, epochs=epochs, device=target)
-        else:
-            on_gpu = target.type == "cuda"
-            options = {n: given.pop(k) for k, n in (("latent", "latent_dim"), ("upsample", "upsample")) if k in given}
-            settings = {"bf16": on_gpu, "channels_last": on_gpu, **given, "options": options}
-            if epochs is not None:
-                settings["epochs"] = epochs
-            rows = run(TrainConfig(model=model, **settings), out, device=target)
-    except Interrupted as e:
-        click.echo(f"{e}\ncontinue with: aeup train {model} --resume {out}", err=True)
-        ctx.exit(128 + e.signum)
-    except torch.OutOfMemoryError as e:
-        raise click.ClickException(f"out of memory on {target}: try a lower --batch-size ({e})") from e
-    except (DataError, CheckpointError, TrainingError, aeup.BackendError) as e:
-        raise click.ClickException(str(e)) from e
-    except ValueError as e:
-        raise click.UsageError(str(e)) from e
-    except OSError as e:
-        raise click.ClickException(f"{e.filename}: {e.strerror}" if e.filename else str(e)) from e
-    last = rows[-1]["validation"]
-    click.echo(
-        "validation: " + ", ".join(f"{k} {v:.2f}" for k, v in last.items()) + f"; pictures and checkpoints: {out}"
-    )
-
-
-def _device(name: str | None) -> torch.device:
+def pick_device(name: str | None) -> torch.device:
+    """The value of ``--device``. Raises `click.BadParameter`."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -1,5 +1,6 @@
 """The command line: exit codes, messages, and the way through a run."""
 
+import re
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import torch
 from click.testing import CliRunner
 
 from aeup import backend
-from aeup.cli import MODEL_NAMES, main
+from aeup.cli import main
 from aeup.models import MODELS, VAE
 from aeup.train import TrainConfig
 from aeup.train.checkpoint import load_state
@@ -29,8 +30,32 @@ def aeup(*args):
     return result
 
 
-def test_the_names_of_the_models_are_those_of_the_package():
-    assert list(MODEL_NAMES) == sorted(MODELS)
+def test_every_model_can_be_named_and_shows_its_options():
+    help = " ".join(aeup("train", "--help").output.split())
+    for name, model in MODELS.items():
+        assert name in help and f"{name}: " in help
+        for field in vars(model.Config()):
+            assert f"{field}=" in help
+
+
+def test_file_and_set_and_options(tmp_path, data):
+    (tmp_path / "run.toml").write_text("[train]\nepochs = 1\nlr = 0.001\nbatch_size = 9\n[model]\nlatent_dim = 7\n")
+    sets = ["--set", "hidden=16", "--set", "channels=4,3,2", "--set", "norm=none", "--set", "betas=0.8,0.9"]
+    args = ["--config", tmp_path / "run.toml", "--data", data, *sets, "--lr", 0.002, "--latent", 2]
+    result = aeup("train", "vae", *args, "--no-tensorboard", "--device", "cpu", "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    state = load_state(tmp_path / "run" / "last.pt")
+    train, model = state["train"], state["model_config"]
+    assert (train["epochs"], train["lr"], train["batch_size"], train["betas"]) == (1, 0.002, 9, (0.8, 0.9))
+    assert (model["latent_dim"], model["hidden"], model["channels"], model["norm"]) == (2, 16, (4, 3, 2), None)
+    # The stored configuration makes the same run.
+    again = ["--config", tmp_path / "run" / "config.json", "--device", "cpu", "--out", tmp_path / "again"]
+    assert aeup("train", "vae", *again).exit_code == 0
+    other = load_state(tmp_path / "again" / "last.pt")
+    assert other["history"][0]["validation"] == state["history"][0]["validation"]
+    assert {k: v for k, v in other["train"].items() if k != "options"} == {
+        k: v for k, v in train.items() if k != "options"
+    }
 
 
 def test_train_and_resume(tmp_path, data):
@@ -67,6 +92,17 @@ def test_the_default_folder_is_named_after_the_model_and_the_time(tmp_path, data
         (["train", "vae", "--device", "meta"], "allowed are cpu and cuda"),
         (["train", "vae", "--device", "cuda:99"], "CUDA devices"),
         (["train", "vae", "--resume", "run", "--seed", "1"], "cannot be combined with --seed"),
+        (["train", "vae", "--resume", "run", "--set", "hidden=3"], "cannot be combined with --set"),
+        (["train", "vae", "--epochs", "2", "--steps", "3"], "--epochs or --steps, not both"),
+        (["train", "vae", "--set", "hidden"], "--set wants KEY=VALUE, got 'hidden'"),
+        (["train", "vae", "--set", "hiden=3"], "vae has no option 'hiden'; it has image_size, "),
+        (["train", "vae", "--set", "hidden=many"], "hidden must be int, got 'many'"),
+        (["train", "vae", "--config", "absent.toml"], "absent.toml: cannot be read"),
+        (["train", "dcgan", "--latent", "0"], "--latent"),
+        (["train", "fcn", "--latent", "3"], "has no field 'latent_dim'; it has "),
+        (["train", "vae", "--graph", "--device", "cpu"], "graph needs a CUDA device"),
+        (["train", "vae", "--set", "image_size=9,9", "--device", "cpu"], "the images of mnist5k have (28, 28)"),
+        (["train", "vae", "--memory", "-1"], "--memory"),
     ],
 )
 def test_wrong_usage_is_exit_code_2(args, says):
@@ -95,7 +131,7 @@ def test_failures_are_exit_code_1(tmp_path, data, monkeypatch):
 
 
 def test_ctrl_c_is_exit_code_130_and_says_how_to_go_on(tmp_path, data, monkeypatch):
-    def loss(self, x):
+    def loss(self, *args):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(VAE, "loss", loss)
@@ -112,7 +148,7 @@ def test_too_many_stages_for_small_images_is_said(tmp_path):
 def test_a_backend_that_cannot_serve_is_said(tmp_path, data):
     with backend("cuda"):
         result = aeup("train", "vae", "--data", data, "--device", "cpu", "--out", tmp_path / "run")
-    assert result.exit_code == 1 and "Error: aeup.interpolate: backend 'cuda' cannot serve" in result.output
+    assert result.exit_code == 1 and re.search("Error: aeup.* backend 'cuda' cannot serve", result.output)
 
 
 def test_the_help_states_the_real_defaults():
@@ -129,6 +165,27 @@ def test_info_names_versions_devices_and_backends():
     assert torch.__version__ in result.output and "cuda" in result.output and "-> " in result.output
     for name in ("cuda", "triton", "cpu", "torch"):
         assert name in result.output
+
+
+def test_a_full_disk_names_the_file_and_keeps_the_checkpoint(tmp_path, data, monkeypatch):
+    run = tmp_path / "run"
+    assert aeup("train", "ae", "--data", data, "--epochs", 1, "--out", run).exit_code == 0
+    before = (run / "last.pt").read_bytes()
+
+    def fsync(file):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("aeup.train.checkpoint.os.fsync", fsync)
+    result = aeup("train", "ae", "--resume", run, "--epochs", 2)
+    assert result.exit_code == 1 and "run/" in result.output and "No space left on device" in result.output
+    assert (run / "last.pt").read_bytes() == before and not list(run.glob(".*"))
+
+
+def test_a_command_without_its_packages_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "aeup.cli_train", None)
+    assert aeup("--help").exit_code == 0
+    result = aeup("train", "vae", "--json", "x")
+    assert result.exit_code == 1 and 'pip install "aeup[train]"' in result.output
 
 
 def test_bench_without_its_packages_says_what_to_install(monkeypatch):

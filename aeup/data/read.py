@@ -1,4 +1,4 @@
-"""One reader for each source of images. Each gives an array [N, C, H, W], uint8 or float, and labels or None."""
+"""One reader for each source of images: an array [N, C, H, W], uint8 or float, or a folder; and labels or None."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from aeup.data.error import DataError
+from aeup.data.folder import Folder
 from aeup.data.idx import read_idx
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
-MODES = {"L": 1, "RGB": 3}
 NPZ_KEYS = ("images", "x_train", "x", "arr_0")
 
-Arrays = tuple[np.ndarray, np.ndarray | None]
+Arrays = tuple["np.ndarray | Folder", "np.ndarray | None"]
 
 
 def read_mnist5k() -> Arrays:
@@ -71,41 +70,13 @@ def read_npz(path: Path) -> Arrays:
         raise e if isinstance(e, DataError) else DataError(f"{path}: not a readable .npz file ({e})") from e
 
 
-def read_folder(folder: Path) -> Arrays:
-    """Every image below a folder, in order of path; one size and one mode (L or RGB) for all."""
-    from PIL import Image
-
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    if not paths:
-        raise DataError(f"{folder}: no images in this folder (looked for {', '.join(SUFFIXES)})")
-    images = []
-    for path in paths:
-        try:
-            with Image.open(path) as image:
-                mode, (w, h) = image.mode, image.size
-                if mode not in MODES:
-                    raise DataError(f"{path}: mode {mode}, allowed are {', '.join(MODES)}: convert the image")
-                array = np.asarray(image)
-        except (OSError, SyntaxError, Image.DecompressionBombError) as e:
-            raise DataError(f"{path}: not a readable image ({e})") from e
-        if not images:
-            first = (mode, h, w)
-        elif (mode, h, w) != first:
-            raise DataError(
-                f"{path}: {h}x{w} {mode}, but {paths[0]} is {first[1]}x{first[2]} {first[0]}; "
-                "all images must have one size and mode"
-            )
-        images.append(array.reshape(h, w, MODES[mode]))
-    return np.stack(images).transpose(0, 3, 1, 2), None
-
-
 def read_path(data: str) -> Arrays:
     """A folder of images, an ``.npz`` file or an IDX file, told apart by what the path is."""
     path = Path(data).expanduser()
     if path.is_dir():
-        return read_folder(path)
+        return Folder.open(path), None
     if not path.exists():
-        raise DataError(f"{data}: no such file or folder (known names: mnist5k, fashion-mnist)")
+        raise DataError(f"{data}: no such file or folder (known names: mnist5k, fashion-mnist, scenes)")
     return read_npz(path) if path.suffix == ".npz" else (as_nchw(read_idx(path), path), None)
 
 

@@ -1,6 +1,19 @@
-"""Training: the loop, checkpoints and pictures."""
+"""Training: configuration, the step, the loop, checkpoints and pictures."""
 
 from aeup.train.checkpoint import CheckpointError, load_model, save_model
-from aeup.train.loop import Interrupted, TrainConfig, TrainingError, train
+from aeup.train.config import ConfigError, TrainConfig, TrainingError, make_config
+from aeup.train.distributed import connect
+from aeup.train.loop import Interrupted, train
 
-__all__ = ["CheckpointError", "Interrupted", "TrainConfig", "TrainingError", "load_model", "save_model", "train"]
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "Interrupted",
+    "TrainConfig",
+    "TrainingError",
+    "connect",
+    "load_model",
+    "make_config",
+    "save_model",
+    "train",
+]

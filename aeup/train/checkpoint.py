@@ -3,9 +3,12 @@
 A checkpoint NAME ("last" or "best") is two files:
 
 - ``NAME.safetensors``: the model's weights; the model's name and configuration in the metadata. For use.
-- ``NAME.pt``: weights, optimizer, random states, epoch, history and configuration, readable with
-  ``torch.load(weights_only=True)``. For ``--resume``. It repeats the weights on purpose: a run that is killed between
-  the two writes still leaves one file from which it can go on exactly.
+  The averaged weights where the run averages them.
+- ``NAME.pt``: weights, their average, the optimizers of all players, random states, step, history and configuration,
+  readable with ``torch.load(weights_only=True)``. For ``--resume``. It repeats the weights on purpose: a run that is
+  killed between the two writes still leaves one file from which it can go on exactly.
+
+Each kind has its own format number, which rises when an older aeup could no longer read the file.
 """
 
 from __future__ import annotations
@@ -26,7 +29,8 @@ from torch import nn
 
 from aeup.models import MODELS
 
-FORMAT = 1
+MODEL_FORMAT = 1  # of .safetensors
+STATE_FORMAT = 2  # of .pt; 1 held one optimizer and counted epochs only
 
 
 class CheckpointError(RuntimeError):
@@ -42,6 +46,9 @@ def write_atomic(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as e:
+        temporary.unlink(missing_ok=True)
+        raise OSError(e.errno, e.strerror, str(path)) from e  # a write's error does not name the file
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -64,7 +71,7 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
 def save_model(path: Path, model: nn.Module, **extra: Any) -> None:
     """Weights as safetensors; model name, configuration and ``extra`` (JSON values) in the metadata."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    about = {"format": FORMAT, "model": model.name, "config": dataclasses.asdict(model.config), **extra}
+    about = {"format": MODEL_FORMAT, "model": model.name, "config": dataclasses.asdict(model.config), **extra}
     metadata = {"aeup": json.dumps(about), "sha256": digest(tensors)}
     write_atomic(path, safetensors.torch.save(tensors, metadata))
 
@@ -85,7 +92,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> nn.Modul
     if "aeup" not in metadata or "sha256" not in metadata:
         raise CheckpointError(f"{path}: safetensors file, but not an aeup checkpoint (no aeup entry in its metadata)")
     about = json.loads(metadata["aeup"])
-    _check(path, about)
+    _check(path, about, MODEL_FORMAT)
     if digest(tensors) != metadata["sha256"]:
         raise CheckpointError(f"{path}: damaged: the weights do not match their checksum")
     try:
@@ -104,7 +111,7 @@ def build_model(name: str, config: dict[str, Any]) -> nn.Module:
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
     buffer = io.BytesIO()
-    torch.save({"format": FORMAT, **state}, buffer)
+    torch.save({"format": STATE_FORMAT, **state}, buffer)
     write_atomic(path, buffer.getvalue())
 
 
@@ -127,13 +134,16 @@ def load_state(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: not a whole checkpoint ({one_line(e)})") from e
     if not isinstance(state, dict) or "model" not in state:
         raise CheckpointError(f"{path}: a torch file, but not an aeup checkpoint")
-    _check(path, state)
+    _check(path, state, STATE_FORMAT)
     return state
 
 
-def _check(path: Path, about: dict[str, Any]) -> None:
-    if about.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: checkpoint format {about.get('format')!r}, this aeup reads {FORMAT}")
+def _check(path: Path, about: dict[str, Any], reads: int) -> None:
+    found = about.get("format")
+    if found != reads:
+        newer = isinstance(found, int) and found > reads
+        hint = "; it is newer than this aeup" if newer else ""
+        raise CheckpointError(f"{path}: checkpoint format {found!r}, this aeup reads {reads}{hint}")
     if about.get("model") not in MODELS:
         raise CheckpointError(f"{path}: unknown model {about.get('model')!r}, this aeup knows {sorted(MODELS)}")
 

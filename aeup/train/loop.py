@@ -1,4 +1,4 @@
-"""The training loop: seeds, one pass an epoch, validation, checkpoints, metrics and pictures."""
+"""The training loop: passes over the images, validation, checkpoints. See `aeup.train.step` for one step."""
 
 from __future__ import annotations
 
@@ -11,16 +11,14 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch import nn
 
-from aeup.data import Dataset, load
-from aeup.models import MODELS
+from aeup.data import Batches, DataError, Dataset, load
+from aeup.models import MODELS, Model
 from aeup.train.checkpoint import (
     CheckpointError,
     build_model,
@@ -30,14 +28,15 @@ from aeup.train.checkpoint import (
     save_state,
     write_atomic,
 )
-from aeup.train.pictures import grid, pairs, save_png
+from aeup.train.config import CHANGEABLE, ConfigError, TrainConfig, TrainingError, field_types
+from aeup.train.distributed import PeerError, World, current, synchronise
+from aeup.train.outputs import Outputs
 from aeup.train.progress import Bar, describe
+from aeup.train.step import Step
 
 CHECK_EVERY = {"cpu": 1, "cuda": 50}  # steps between looks at the losses; on a GPU each look waits for it
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says where and why."""
+VALIDATION_BATCH = 250  # at least
+PICTURED = 32  # validation images that the pictures may show
 
 
 class Interrupted(KeyboardInterrupt):
@@ -48,205 +47,246 @@ class Interrupted(KeyboardInterrupt):
         self.signum = signum
 
 
-@dataclass
-class TrainConfig:
-    """What decides a run's losses, together with the device, the thread count and the versions."""
-
-    model: str = "vae"
-    data: str = "mnist5k"
-    epochs: int = 30
-    batch_size: int = 64
-    lr: float = 3e-3
-    warmup: int = 100  # steps of linear warm-up before the cosine decay
-    seed: int = 0
-    validation: float = 0.2  # fraction held out where the data has no split of its own
-    bf16: bool = False  # autocast to bfloat16
-    channels_last: bool = False
-    options: dict[str, Any] = field(default_factory=dict)  # fields of the model's configuration
-
-    def __post_init__(self) -> None:
-        if self.model not in MODELS:
-            raise ValueError(f"model must be one of {sorted(MODELS)}, got {self.model!r}")
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise ValueError(f"lr must be finite and above 0, got {self.lr}")
-
-    def lr_at(self, step: int, steps: int) -> float:
-        """Linear warm-up, then half a cosine down to 0 at the last step."""
-        return self.lr * min(1.0, (step + 1) / self.warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
-
-
 def train(
     config: TrainConfig | None = None,
     out: str | Path = "runs/run",
     *,
     resume: bool = False,
-    epochs: int | None = None,
     device: torch.device | str = "cpu",
     console: Console | None = None,
+    **changes: Any,
 ) -> list[dict[str, Any]]:
     """Train a model into the folder ``out`` and return one row of metrics an epoch.
 
-    Files: ``config.json``, ``metrics.jsonl``, ``last`` and ``best`` checkpoints (see `aeup.train.checkpoint`),
-    ``reconstructions.png`` (originals above their reconstructions) and, for a VAE, ``samples.png``.
+    Files: ``config.json``, ``metrics.jsonl``, ``last`` and ``best`` checkpoints (see `aeup.train.checkpoint`), and
+    what `aeup.train.outputs` writes. Where torch.distributed is initialised, all its processes must call this, and
+    the first one writes.
 
     Args:
         config: the run; ignored with ``resume``, which takes the stored one.
         out: the run's folder; new or empty, or with ``resume`` one that holds ``last.pt``.
         resume: go on after the last whole epoch. On a CPU with the same threads the losses are, bit for bit, those of
             an uninterrupted run.
-        epochs: with ``resume``, a new total (it stretches the learning rate's schedule).
         device: where the model and all images are held.
         console: where progress goes; by default the terminal.
+        changes: with ``resume``, new values of the fields `aeup.train.config.CHANGEABLE`, such as ``epochs``: the new
+            total (it stretches the learning rate's schedule).
 
     Raises:
-        TrainingError: a loss is NaN or infinite, or the data changed since the run began.
+        TrainingError: a loss is NaN or infinite, the data changed since the run began, or another process ended.
         CheckpointError, DataError, FileExistsError: a file is missing, damaged or in the way.
+        ConfigError: a setting that is not allowed.
         Interrupted: Ctrl-C or SIGTERM.
     """
-    out, console, device = Path(out), console or Console(), torch.device(device)
-    state = None
-    if resume:
-        state = load_state(out / "last.pt")
-        config = TrainConfig(**state["train"])
-        config = dataclasses.replace(config, epochs=epochs or config.epochs)
-        if config.epochs < state["epoch"]:
-            raise ValueError(f"epochs={config.epochs}, but {out} already has {state['epoch']}")
-    else:
-        config = config or TrainConfig()
-        if out.is_dir() and any(out.iterdir()):
-            raise FileExistsError(f"{out} is not empty: choose another folder, or resume the run in it")
-    gpus = [device.index or 0] if device.type == "cuda" else []
+    out, world = Path(out), current(torch.device(device))
+    console = (console or Console()) if world.first else Console(quiet=True)
+    config, state = _begin(config, out, resume, changes, world)
+    gpus = [world.device.index or 0] if world.device.type == "cuda" else []
+    run = None
     with torch.random.fork_rng(devices=gpus):
         torch.manual_seed(config.seed)
-        run = Run(config, out, state, device, console)
         try:
             with _sigterm_raises():
+                run = Run(config, out, state, world, console)
                 run.fit()
         except KeyboardInterrupt as e:
-            where = f"stopped in epoch {run.saved + 1}; {out / 'last.pt'} holds epoch {run.saved}"
-            raise Interrupted(where, getattr(e, "signum", signal.SIGINT)) from None
+            saved = f"stopped in epoch {run.saved + 1}; {run.held()}" if run else "stopped before the first step"
+            raise Interrupted(saved, getattr(e, "signum", signal.SIGINT)) from None
+        except PeerError as e:
+            held = f"; {run.held()}" if run else ""
+            raise TrainingError(f"another process of this run ended or cannot be reached ({e}){held}") from e
+        finally:
+            if run is not None:
+                run.outputs.close()
     return run.history
 
 
+def _begin(
+    config: TrainConfig | None, out: Path, resume: bool, changes: dict[str, Any], world: World
+) -> tuple[TrainConfig, dict[str, Any] | None]:
+    """The run's configuration, with the choices that depend on the device made, and the state to go on from."""
+    state = None
+    if resume:
+        state = load_state(out / "last.pt")
+        if unknown := set(changes) - set(CHANGEABLE):
+            raise ConfigError(f"with resume only {', '.join(CHANGEABLE)} can be given, got {', '.join(unknown)}")
+        if "epochs" in changes:
+            changes = {"steps": None, **changes}
+        try:
+            config = dataclasses.replace(TrainConfig(**state["train"]), **changes)
+        except TypeError as e:
+            raise CheckpointError(f"{out / 'last.pt'}: its configuration does not fit this aeup ({e})") from e
+        done = {"epochs": state["epoch"], "steps": state["step"]}
+        limit = "steps" if config.steps is not None else "epochs"
+        if getattr(config, limit) < done[limit]:
+            raise ConfigError(f"{limit}={getattr(config, limit)}, but {out} already has {done[limit]}")
+    else:
+        config = config or TrainConfig()
+        if changes:
+            raise TypeError(f"only with resume: {', '.join(changes)}")
+        if world.first and out.is_dir() and any(out.iterdir()):
+            raise FileExistsError(f"{out} is not empty: choose another folder, or resume the run in it")
+    gpu = world.device.type == "cuda"
+    if config.graph and not gpu:
+        raise ConfigError(f"graph needs a CUDA device, the run is on {world.device}")
+    if config.compile and world.size > 1:
+        raise ConfigError("compile works in one process only: each image's noise is drawn outside the compiled code")
+    if config.batch_size < world.size:
+        raise ConfigError(f"batch_size={config.batch_size} is less than the {world.size} processes")
+    automatic = {name: gpu for name in ("bf16", "channels_last", "graph") if getattr(config, name) is None}
+    return dataclasses.replace(config, **automatic), state
+
+
 class Run:
-    """One training run: model, optimizer, data and random state, kept in step with the folder ``out``."""
+    """One training run: model, optimizers, data and random state, kept in step with the folder ``out``."""
 
     def __init__(
-        self, config: TrainConfig, out: Path, state: dict[str, Any] | None, device: torch.device, console: Console
+        self, config: TrainConfig, out: Path, state: dict[str, Any] | None, world: World, console: Console
     ) -> None:
-        self.config, self.out, self.device, self.console = config, out, device, console
-        self.data: Dataset = load(config.data, config.seed, device, config.validation)
-        shape = list(self.data.train.shape)
-        options = {"image_size": shape[2:], "in_channels": shape[1], **config.options}
-        self.model: nn.Module = build_model(config.model, options).to(device)
+        self.config, self.out, self.world, self.console = config, out, world, console
+        self.device = world.device
+        self.train, self.validation = self._parts()
+        self.model = self._build().to(self.device)
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr, fused=True)
-        self.shuffle = torch.Generator().manual_seed(config.seed)  # on the CPU: the same order on every device
-        self.steps_per_epoch = -(-shape[0] // config.batch_size)
-        self.epoch, self.best, self.history = 0, math.inf, []
+        synchronise(self.model, world)
+        self.step_ = Step(self.model, config, world)
+        self.batches = [b for b in torch.arange(len(self.train)).split(config.batch_size) if len(b) >= world.size]
+        if not self.batches:
+            raise ConfigError(f"{config.data}: {len(self.train)} training images for {world.size} processes")
+        self.steps = config.steps or config.epochs * len(self.batches)
+        self.epochs = -(-self.steps // len(self.batches))
+        self.step, self.best, self.history = 0, math.inf, []
         self.saved = 0  # the epoch that last.pt holds
-        if state is None:  # only now: a run that cannot start leaves no folder
+        if state is not None:
+            self._restore(state)
+        elif world.first:  # only now: a run that cannot start leaves no folder
             out.mkdir(parents=True, exist_ok=True)
             self._write_config()
             self._save("last")
-        else:
-            self._restore(state, shape)
+        self.outputs = Outputs(out, config.tensorboard if world.first else False, self.step)
+        if state is not None and world.first:
+            self.outputs.metrics(self.history)
+
+    def _parts(self) -> tuple[Batches, Batches]:
+        config, wants = self.config, MODELS[self.config.model].targets
+        size, memory = config.image_size, config.memory * 2**30
+        try:
+            data: Dataset = load(config.data, config.seed, self.device, config.validation, size, memory)
+        except ValueError as e:
+            raise e if isinstance(e, DataError) else ConfigError(str(e)) from e
+        if wants and data.train_target is None:
+            raise ConfigError(f"{config.model} needs images with a class for each pixel; {config.data} has none")
+        parts = (data.train, data.train_target), (data.validation, data.validation_target)
+        return tuple(Batches(x, t if wants else None, self.device, size, config.workers) for x, t in parts)
+
+    def _build(self) -> Model:
+        """The images decide the shape that the model is built for."""
+        config, (c, *size) = self.config, self.train.image_shape
+        known = field_types(MODELS[config.model].Config)
+        shape = {k: v for k, v in (("image_size", tuple(size)), ("in_channels", c)) if k in known}
+        for key, value in shape.items():
+            given = config.options.get(key, value)
+            if (tuple(given) if isinstance(given, list) else given) != value:
+                raise ConfigError(f"{key}={given} of the model, but the images of {config.data} have {value}")
+        try:
+            return build_model(config.model, {**config.options, **shape})
+        except (TypeError, ValueError) as e:
+            raise ConfigError(f"{config.model}: {e}") from e
+
+    @property
+    def epoch(self) -> int:
+        """Epochs done; one that ``steps`` cut short counts."""
+        return -(-self.step // len(self.batches))
+
+    @property
+    def judged(self) -> Model:
+        """The model that is validated, pictured and saved for use."""
+        return self.step_.average or self.model
+
+    def held(self) -> str:
+        return f"{self.out / 'last.pt'} holds epoch {self.saved}"
 
     def fit(self) -> None:
-        n, size = sum(p.numel() for p in self.model.parameters()), "x".join(map(str, self.data.image_shape))
-        counts = f"{len(self.data.train):,} training and {len(self.data.validation):,} validation images {size}"
-        text = f"{self.config.model}: {n:,} parameters; {self.config.data}: {counts}; {self.device}; {self.out}"
+        n, size = sum(p.numel() for p in self.model.parameters()), "x".join(map(str, self.train.image_shape))
+        counts = f"{len(self.train):,} training and {len(self.validation):,} validation images {size}"
+        where = str(self.device) if self.world.size == 1 else f"{self.world.size} processes, {self.device.type}"
+        text = f"{self.config.model}: {n:,} parameters; {self.config.data}: {counts}; {where}; {self.out}"
         self.console.print(text, highlight=False, soft_wrap=True)
-        with Bar(self.console, self.config.epochs) as bar:
-            while self.epoch < self.config.epochs:
+        with Bar(self.console, self.epochs) as bar:
+            while self.step < self.steps:
                 row = self._train_epoch(bar)
-                row["validation"] = self._validate()
+                row["validation"] = self.world.from_first(self._validate() if self.world.first else None)
+                self._check_finite(row["validation"], f"validation after epoch {row['epoch']}")
                 self._finish_epoch(row)
                 bar.log(row, self.model.objective)
 
     def _train_epoch(self, bar: Bar) -> dict[str, Any]:
-        x, config = self.data.train, self.config
+        """The rest of the epoch in which ``step`` lies."""
+        epoch, skip = divmod(self.step, len(self.batches))
+        order = self._order(epoch)
+        batches = [order[b] for b in self.batches][skip : skip + self.steps - self.step]
+        every, first = CHECK_EVERY[self.device.type], self.step
+        seen, sizes, losses, begin = 0, [len(b) for b in batches], [], time.perf_counter()
+        pending: list[torch.Tensor] = []
         self.model.train()
-        order = torch.randperm(len(x), generator=self.shuffle).to(self.device)
-        every = CHECK_EVERY[self.device.type]
-        first = self.epoch * self.steps_per_epoch
-        records, sizes, begin, checked = [], [], time.perf_counter(), 0
-        bar.start_epoch(self.epoch, len(x))
-        for i, index in enumerate(order.split(config.batch_size)):
-            lr = config.lr_at(first + i, config.epochs * self.steps_per_epoch)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            losses = self._losses(x[index])
-            self.optimizer.zero_grad(set_to_none=True)
-            losses[self.model.objective].backward()
-            self.optimizer.step()
-            records.append(torch.stack([v.detach() for v in losses.values()]))
-            sizes.append(len(index))
-            if (i + 1) % every == 0 or i + 1 == self.steps_per_epoch:
-                new = torch.stack(records[checked:]).tolist()
-                for j, values in enumerate(new):
-                    self._check_finite(dict(zip(losses, values, strict=True)), f"step {first + checked + j + 1}")
-                checked = i + 1
-                bar.step(sum(sizes), dict(zip(losses, new[-1], strict=True)))
-        weights = torch.tensor(sizes, dtype=torch.float64) / len(x)
-        means = (torch.stack(records).double().cpu() * weights[:, None]).sum(0).tolist()
+        bar.start_epoch(epoch, sum(sizes))
+        shares = [self.world.shard(b) for b in batches]
+        for i, (x, target) in enumerate(self.train(shares)):
+            share = len(x) / sizes[i] if self.world.size > 1 else 1.0
+            pending.append(self.step_(x, target, sizes[i], first + i, self.steps) * share)
+            seen += sizes[i]
+            if (i + 1) % every == 0 or i + 1 == len(batches):
+                new = self.world.sum_(torch.stack(pending)).tolist()
+                for values in new:
+                    self._check_batch(dict(zip(self.step_.names, values, strict=True)), first + len(losses), batches)
+                    losses.append(values)
+                pending.clear()
+                bar.step(seen, dict(zip(self.step_.names, new[-1], strict=True)))
+        self.step += len(batches)
+        weights = torch.tensor(sizes, dtype=torch.float64) / sum(sizes)
+        means = (torch.tensor(losses, dtype=torch.float64) * weights[:, None]).sum(0).tolist()
         seconds = time.perf_counter() - begin
         return {
-            "epoch": self.epoch + 1,
-            "step": first + self.steps_per_epoch,
-            "lr": lr,
+            "epoch": epoch + 1,
+            "step": self.step,
+            "lr": self.config.lr_at(self.step - 1, self.steps),
             "seconds": round(seconds, 3),
-            "images_per_second": round(len(x) / seconds, 1),
-            "train": dict(zip(losses, means, strict=True)),
+            "images_per_second": round(sum(sizes) / seconds, 1),
+            "train": dict(zip(self.step_.names, means, strict=True)),
         }
 
-    def _losses(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        if self.config.channels_last:
-            x = x.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16):
-            return self.model.loss(x)
+    def _order(self, epoch: int) -> torch.Tensor:
+        """The same on every device and in every process, and for every epoch without those before it."""
+        generator = torch.Generator().manual_seed(self.config.seed)
+        seed = torch.randint(2**62, (epoch + 1,), generator=generator)[-1].item()
+        return torch.randperm(len(self.train), generator=generator.manual_seed(seed))
 
     @torch.no_grad()
     def _validate(self) -> dict[str, float]:
-        """Means over the validation images, with the same noise at every epoch and none taken from training."""
-        self.model.eval()
-        totals: dict[str, float] = {}
-        with self._own_noise():
-            for x in self.data.validation.split(max(self.config.batch_size, 250)):
-                for key, value in self._losses(x).items():
-                    totals[key] = totals.get(key, 0.0) + value.item() * len(x)
-        means = {key: total / len(self.data.validation) for key, total in totals.items()}
-        self._check_finite(means, f"validation after epoch {self.epoch + 1}")
-        return means
+        """With the same noise at every epoch, and none taken from training."""
+        chunks = torch.arange(len(self.validation)).split(max(self.config.batch_size, VALIDATION_BATCH))
+        layout = torch.channels_last if self.config.channels_last else torch.contiguous_format
+        images = ((x.contiguous(memory_format=layout), target) for x, target in self.validation(chunks))
+        self.judged.eval()
+        with self._own_noise(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16):
+            return self.judged.validate(images)
 
     def _finish_epoch(self, row: dict[str, Any]) -> None:
-        self.epoch = row["epoch"]
         self.history.append(row)
-        better = row["validation"][self.model.objective] < self.best
-        if better:
-            self.best = row["validation"][self.model.objective]
-        if better:  # before "last": a run killed in between goes on from the older "last" and writes it again
+        if not self.world.first:
+            self.saved = self.epoch
+            return
+        value = row["validation"].get(self.model.objective, -self.step)  # without an objective the last is the best
+        if value < self.best:  # before "last": a run killed in between goes on from the older "last"
+            self.best = value
             self._save("best")
         self._save("last")
-        self._write_metrics()
-        self._pictures()
-
-    @torch.no_grad()
-    def _pictures(self) -> None:
-        self.model.eval()
-        images = self.data.validation[:32]
-        columns = min(16, len(images))
-        images = images[: len(images) // columns * columns]
-        with self._own_noise():
-            pictures = {"reconstructions.png": pairs(images, self.model.reconstruct(images), columns)}
-            if hasattr(self.model, "sample"):
-                pictures["samples.png"] = self.model.sample(64)
-        for name, picture in pictures.items():
-            save_png(self.out / name, grid(picture, columns))
+        self.judged.eval()
+        images, target = self.validation.head(PICTURED)
+        last = self.step == self.steps
+        with self._own_noise(), torch.no_grad():
+            self.outputs.epoch(self.history, self.judged, images, target, self.config.seed + 1, last)
 
     @contextlib.contextmanager
     def _own_noise(self) -> Iterator[None]:
@@ -254,39 +294,48 @@ class Run:
             torch.manual_seed(self.config.seed + 1)
             yield
 
+    def _check_batch(self, losses: dict[str, float], step: int, batches: list[torch.Tensor]) -> None:
+        if all(map(math.isfinite, losses.values())):
+            return
+        batch = batches[step - self.step].tolist()
+        if self.world.first:
+            about = {"step": step + 1, "losses": {k: str(v) for k, v in losses.items()}, "indices": batch}
+            write_atomic(self.out / "bad_batch.json", (json.dumps(about) + "\n").encode())
+        shown = ", ".join(map(str, batch[:8])) + (", ..." if len(batch) > 8 else "")
+        where = f"step {step + 1}, training images {shown} (all {len(batch)}: {self.out / 'bad_batch.json'})"
+        self._check_finite(losses, where)
+
     def _check_finite(self, losses: dict[str, float], where: str) -> None:
         if not all(map(math.isfinite, losses.values())):
-            raise TrainingError(
-                f"{where}: {describe(losses)} is not finite; try a lower --lr; "
-                f"{self.out / 'last.pt'} holds epoch {self.saved}"
-            )
+            raise TrainingError(f"{where}: {describe(losses)} is not finite; try a lower --lr; {self.held()}")
 
     # The folder.
 
     def _save(self, name: str) -> None:
-        random = {"cpu": torch.get_rng_state(), "shuffle": self.shuffle.get_state()}
+        random = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.device)
         state = {
             "model": self.config.model,
             "model_config": dataclasses.asdict(self.model.config),
             "train": dataclasses.asdict(self.config),
-            "data_shape": list(self.data.train.shape),
+            "data_shape": [len(self.train), *self.train.image_shape],
             "epoch": self.epoch,
+            "step": self.step,
             "best": self.best,
             "history": self.history,
             "weights": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
             "random": random,
+            **self.step_.state(),
         }
         save_state(self.out / f"{name}.pt", state)
         if name == "last":
             self.saved = self.epoch
         losses = self.history[-1]["validation"] if self.history else {}
-        save_model(self.out / f"{name}.safetensors", self.model, epoch=self.epoch, validation=losses)
+        save_model(self.out / f"{name}.safetensors", self.judged, epoch=self.epoch, validation=losses)
 
-    def _restore(self, state: dict[str, Any], shape: list[int]) -> None:
-        path = self.out / "last.pt"
+    def _restore(self, state: dict[str, Any]) -> None:
+        shape = [len(self.train), *self.train.image_shape]
         if state["data_shape"] != shape:
             raise TrainingError(
                 f"{self.config.data}: training images {shape}, but the run in {self.out} began with "
@@ -294,30 +343,28 @@ class Run:
             )
         try:
             self.model.load_state_dict(state["weights"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.shuffle.set_state(state["random"]["shuffle"])
+            self.step_.load_state(state)
             torch.set_rng_state(state["random"]["cpu"])
             if self.device.type == "cuda" and "cuda" in state["random"]:
                 torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
-            self.epoch, self.best, self.history = state["epoch"], state["best"], state["history"]
-            self.saved = self.epoch
+            self.step, self.best, self.history = state["step"], state["best"], state["history"]
+            self.saved = state["epoch"]
         except (RuntimeError, ValueError, KeyError, TypeError) as e:
             fault = f"the state does not fit the {self.config.model} model ({one_line(e)})"
-            raise CheckpointError(f"{path}: {fault}") from e
-        self._write_metrics()
-
-    def _write_metrics(self) -> None:
-        lines = "".join(json.dumps(row) + "\n" for row in self.history)
-        write_atomic(self.out / "metrics.jsonl", lines.encode())
+            raise CheckpointError(f"{self.out / 'last.pt'}: {fault}") from e
 
     def _write_config(self) -> None:
+        settings = {k: v for k, v in dataclasses.asdict(self.config).items() if k != "options"}
         about = {
-            "train": dataclasses.asdict(self.config),
+            "train": settings,
             "model": dataclasses.asdict(self.model.config),
-            "device": str(self.device),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
+            "environment": {
+                "device": str(self.device),
+                "processes": self.world.size,
+                "threads": torch.get_num_threads(),
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
         }
         write_atomic(self.out / "config.json", (json.dumps(about, indent=2) + "\n").encode())
 

@@ -13,11 +13,15 @@ LABELS = {"reconstruction": "reconstruction", "kl": "KL", "negative_elbo": "-ELB
 
 def describe(losses: dict[str, float]) -> str:
     """``reconstruction 78.20  KL 25.65  -ELBO 103.84``"""
-    return "  ".join(f"{LABELS.get(key, key)} {value:.2f}" for key, value in losses.items())
+    return "  ".join(f"{LABELS.get(key, key)} {short(value)}" for key, value in losses.items())
+
+
+def short(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 10 else f"{value:.2f}"
 
 
 class Bar:
-    """Images of the epoch, images/s and the last losses, in nats (or squared grey levels) per image."""
+    """Images of the epoch, images/s and the last losses."""
 
     def __init__(self, console: Console, epochs: int) -> None:
         self.console, self.epochs = console, epochs
@@ -50,10 +54,12 @@ class Bar:
         rate = images / max(time.perf_counter() - self.begin, 1e-9)
         self.progress.update(self.task, completed=images, rate=f"{rate:,.0f} images/s", losses=describe(losses))
 
-    def log(self, row: dict[str, Any], objective: str) -> None:
+    def log(self, row: dict[str, Any], objective: str | None) -> None:
+        """One training loss, the objective if there is one, and all of the validation."""
         width = len(str(self.epochs))
+        train = row["train"].get(objective) or next(iter(row["train"].values()))
         self.console.print(
-            f"epoch {row['epoch']:>{width}}/{self.epochs}  train {row['train'][objective]:.2f}  "
+            f"epoch {row['epoch']:>{width}}/{self.epochs}  train {short(train)}  "
             f"validation: {describe(row['validation'])}  {row['images_per_second']:,.0f} images/s",
             highlight=False,
             soft_wrap=True,

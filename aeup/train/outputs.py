@@ -1,0 +1,77 @@
+"""What a run leaves for people to look at: metrics, pictures, curves and TensorBoard's event files."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from aeup.models import Model
+from aeup.train.checkpoint import write_atomic
+from aeup.train.pictures import write_curves, write_pictures
+
+CURVES_EVERY = 30.0  # seconds between drawings of the curves, which take part of one
+
+
+class Outputs:
+    """Writes into the run's folder ``out`` after each epoch.
+
+    Files: ``metrics.jsonl``, one row an epoch; the model's pictures and ``losses.png``; ``tensorboard/`` where the
+    package is installed, or as told.
+    """
+
+    def __init__(self, out: Path, tensorboard: bool | None, step: int) -> None:
+        self.out, self.drawn = out, -math.inf
+        self.events = None
+        if tensorboard is None:
+            tensorboard = importlib.util.find_spec("tensorboard") is not None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            purge = step + 1 if step else None  # what a stopped run wrote after its last checkpoint
+            self.events = SummaryWriter(out / "tensorboard", purge_step=purge)
+
+    def metrics(self, history: list[dict[str, Any]]) -> None:
+        lines = "".join(json.dumps(row) + "\n" for row in history)
+        write_atomic(self.out / "metrics.jsonl", lines.encode())
+
+    def epoch(
+        self,
+        history: list[dict[str, Any]],
+        model: Model,
+        images: torch.Tensor,
+        targets: torch.Tensor | None,
+        seed: int,
+        last: bool,
+    ) -> None:
+        """After an epoch, with validation images [N, C, H, W] and targets on the model's device."""
+        self.metrics(history)
+        files = write_pictures(model, images, targets, self.out, seed)
+        if last or time.monotonic() - self.drawn > CURVES_EVERY:
+            write_curves(history, self.out)
+            self.drawn = time.monotonic()
+        if self.events is not None:
+            self._add_events(history[-1], files)
+
+    def _add_events(self, row: dict[str, Any], files: list[Path]) -> None:
+        step = row["step"]
+        for part in ("train", "validation"):
+            for name, value in row[part].items():
+                self.events.add_scalar(f"{part}/{name}", value, step)
+        self.events.add_scalar("rate/lr", row["lr"], step)
+        self.events.add_scalar("rate/images per second", row["images_per_second"], step)
+        for file in files:
+            with Image.open(file) as image:
+                self.events.add_image(file.stem, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+        self.events.flush()
+
+    def close(self) -> None:
+        if self.events is not None:
+            self.events.close()
