@@ -323,4 +323,21 @@ inline void matrix_product(Operand kind, float* c, const uint32_t* a, uint32_t b
   }
   __syncwarp();
 }
+// ldmatrix.x4: lane l gives row l % 8 of matrix l / 8 (8 x 8 elements of 16 bits).
+inline void load_matrices(const void* row, bool transposed, uint32_t* w) {
+  const int me = thread_index.x + block_size.x * (thread_index.y + block_size.y * thread_index.z);
+  const int first = me / kWarp * kWarp, lane = me % kWarp;
+  if (reinterpret_cast<uintptr_t>(row) % 16) fail("misaligned ldmatrix", row, 16);
+  machine.current->exchange = reinterpret_cast<uintptr_t>(row);
+  __syncwarp();
+  for (int i = 0; i < 4; ++i) {
+    uint16_t pair[2];
+    for (int e = 0; e < 2; ++e) {
+      const int r = transposed ? lane % 4 * 2 + e : lane / 4, c = transposed ? lane / 4 : lane % 4 * 2 + e;
+      std::memcpy(pair + e, reinterpret_cast<const uint16_t*>(machine.fibers[first + 8 * i + r].exchange) + c, 2);
+    }
+    w[i] = pair[0] | uint32_t(pair[1]) << 16;
+  }
+  __syncwarp();
+}
 }  // namespace aeup::emu
