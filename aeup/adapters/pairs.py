@@ -1,0 +1,244 @@
+"""What may run as one operation, and why not: upsampling and the convolution after it, a transposed convolution and the
+activation after it. Everything is looked at when it runs, so modules that are hooked, replaced or sliced later stay
+right: they then run one by one."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from aeup import functional
+from aeup import nn as aeup_nn
+from aeup.functional import Activation, conv_transpose2d, interpolate
+from aeup.ops.interpolate import MODES
+
+
+class UpsamplingNearest2d(aeup_nn.Upsample, nn.UpsamplingNearest2d):
+    """What a torch.nn.UpsamplingNearest2d becomes, which it still is."""
+
+
+class UpsamplingBilinear2d(aeup_nn.Upsample, nn.UpsamplingBilinear2d):
+    """What a torch.nn.UpsamplingBilinear2d becomes, which it still is."""
+
+
+TRANSPOSED = (nn.ConvTranspose2d, aeup_nn.ConvTranspose2d)
+UPSAMPLES = (
+    nn.Upsample,
+    nn.UpsamplingNearest2d,
+    nn.UpsamplingBilinear2d,
+    aeup_nn.Upsample,
+    aeup_nn.UpsamplingNearest2d,
+    aeup_nn.UpsamplingBilinear2d,
+    UpsamplingNearest2d,
+    UpsamplingBilinear2d,
+)
+_STARTS = frozenset((*TRANSPOSED, *UPSAMPLES))  # of a pair
+_ACTIVATIONS = {nn.ReLU: "relu", nn.SiLU: "silu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
+
+
+class Resampling(NamedTuple):
+    """The arguments of an interpolate."""
+
+    size: int | Sequence[int] | None = None
+    scale_factor: float | Sequence[float] | None = None
+    mode: str = "nearest"
+    align_corners: bool | None = None
+    recompute_scale_factor: bool | None = None
+    antialias: bool = False
+
+
+def watched(module: nn.Module) -> str | None:
+    """Why a module must be called as it is: something sees its inputs or outputs, or runs in its place; or None."""
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return "has hooks, which would see other values"
+    if "forward" in module.__dict__:
+        return "has a forward of its own, set on the instance"
+    return "is compiled by itself" if module._compiled_call_impl is not None else None
+
+
+def _kind(module: nn.Module) -> str:
+    name = type(module).__name__
+    if "_Parametrized" in name or "parametrizations" in module._modules:
+        return "is parametrised"
+    if "quantized" in type(module).__module__ or ".ao." in type(module).__module__:
+        return "is quantised"
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
+        return "is lazy: run the model once, then swap"
+    return "is a subclass: exact types only"
+
+
+def has_plain_weight(module: nn.Module) -> bool:
+    """Whether its weight is a tensor, or stands for one while torch traces: no DTensor, no quantised subclass."""
+    kind = type(module.weight)
+    return kind is nn.Parameter or kind is Tensor or kind.__module__.startswith("torch._subclasses.")
+
+
+def refuses_type(module: nn.Module) -> str:
+    return f"{type(module).__name__} {_kind(module)}"
+
+
+def refuses_upsampling(up: Resampling) -> str | None:
+    if up.mode not in MODES:
+        return f"mode {up.mode!r} is not one of {', '.join(MODES)}"
+    if up.antialias:
+        return "antialias is not fused"
+    return "recompute_scale_factor is not fused" if up.recompute_scale_factor else None
+
+
+def refuses_convolution(conv: nn.Module) -> str | None:
+    """Why the convolution cannot take its input at the lower resolution, or None."""
+    if type(conv) is not nn.Conv2d:
+        return refuses_type(conv)
+    if conv.stride != (1, 1):
+        return f"the convolution has stride {conv.stride}"
+    if conv.dilation != (1, 1):
+        return f"the convolution has dilation {conv.dilation}"
+    if conv.padding_mode != "zeros":
+        return f"the convolution has padding_mode {conv.padding_mode!r}"
+    if not has_plain_weight(conv):
+        return f"the convolution's weight is a {type(conv.weight).__name__}"
+    reason = watched(conv)
+    return reason and f"the convolution {reason}"
+
+
+def upsampling_of(module: nn.Module) -> Resampling:
+    return Resampling(
+        module.size, module.scale_factor, module.mode, module.align_corners, module.recompute_scale_factor
+    )
+
+
+def activation_of(module: nn.Module) -> Activation:
+    """The activation as aeup names it, or None."""
+    kind = type(module)
+    name = _ACTIVATIONS.get(kind)
+    if name is None:
+        if kind is nn.LeakyReLU and 0 <= module.negative_slope < float("inf"):
+            name = ("leaky_relu", module.negative_slope)
+        elif kind is nn.GELU and module.approximate == "none":
+            name = "gelu"
+    return name if name is None or watched(module) is None else None
+
+
+def refuses_activation(module: nn.Module) -> str:
+    """Why :func:`activation_of` has none for it."""
+    reason = watched(module)
+    return f"the activation {reason}" if reason else f"{module} is not one of aeup's activations"
+
+
+def is_sequence(module: nn.Module) -> bool:
+    """An nn.Sequential, or a subclass that runs as one."""
+    return isinstance(module, nn.Sequential) and type(module).forward in (nn.Sequential.forward, forward_of_sequence)
+
+
+def first_of(module: nn.Module) -> nn.Module:
+    """What takes the module's input: the first in a sequence, at any depth."""
+    while is_sequence(module) and len(module) and watched(module) is None:
+        module = next(iter(module._modules.values()))
+    return module
+
+
+def _upsample_conv(input: Tensor, up: Resampling, conv: nn.Conv2d, activation: Activation) -> Tensor:
+    return functional.upsample_conv2d(
+        input, conv.weight, conv.bias, scale_factor=up.scale_factor, size=up.size, mode=up.mode,
+        align_corners=up.align_corners, padding=conv.padding, groups=conv.groups, activation=activation,
+    )  # fmt: skip
+
+
+def run_sequence(modules: list[nn.Module], input, up: Resampling | None = None):
+    """`modules` after one another, the first on `input` resampled by `up`, pairs fused. Where `up` is given, the first
+    module (or the first in it) is one that :func:`refuses_convolution` has nothing against."""
+    i, n = 0, len(modules)
+    while i < n:
+        module = modules[i]
+        kind = type(module)
+        if up is None and kind not in _STARTS:
+            input, i = module(input), i + 1
+            continue
+        if up is None and kind in UPSAMPLES and i + 1 < n and watched(module) is None:
+            found = upsampling_of(module)
+            if _fuses(found, modules[i + 1], input):
+                up, i, module = found, i + 1, modules[i + 1]
+                kind = type(module)
+        if up is not None and kind is not nn.Conv2d:
+            input, up, i = run_sequence(list(module._modules.values()), input, up), None, i + 1
+            continue
+        fusable = up is not None or (kind in TRANSPOSED and i + 1 < n and _is_plain_transposed(module))
+        activation = activation_of(modules[i + 1]) if fusable and i + 1 < n else None
+        if up is not None:
+            input, up = _upsample_conv(input, up, module, activation), None
+        elif activation is not None:
+            input = conv_transpose2d(
+                input, module.weight, module.bias, module.stride, module.padding, module.output_padding, module.groups,
+                module.dilation, activation=activation,
+            )  # fmt: skip
+        else:
+            input = module(input)
+        i += 1 if activation is None else 2
+    return input
+
+
+def _is_plain_transposed(module: nn.Module) -> bool:
+    return watched(module) is None and getattr(module, "activation", None) is None
+
+
+def _fuses(up: Resampling, module: nn.Module, input) -> bool:
+    return (
+        refuses_upsampling(up) is None
+        and isinstance(input, Tensor)
+        and input.dim() == 4
+        and not _has_any_global_hook()
+        and refuses_convolution(first_of(module)) is None
+    )
+
+
+def forward_of_sequence(self, input):
+    if _has_any_global_hook():  # they want to see every module
+        return nn.Sequential.forward(self, input)
+    return run_sequence(list(self._modules.values()), input)
+
+
+def pair(module, input: Tensor, *args, **kwargs):
+    """``module(interpolate(input, ...))``, as one operation where `module` is a convolution that allows it, or a
+    sequence that starts with one."""
+    if isinstance(module, nn.Module):
+        up = Resampling(*args, **kwargs)
+        if _fuses(up, module, input):
+            if type(module) is nn.Conv2d:
+                return _upsample_conv(input, up, module, None)
+            return run_sequence([module], input, up)
+    return module(interpolate(input, *args, **kwargs))
+
+
+def refuses_pair(module) -> str | None:
+    """Why :func:`pair` would not fuse with `module`, or None."""
+    return refuses_convolution(first_of(module))
+
+
+def pairs_in(sequence: nn.Sequential) -> list[tuple[int, int, str | None]]:
+    """The pairs in a sequence: (index, number of modules, why it is not fused or None)."""
+    modules, found, i = list(sequence._modules.values()), [], 0
+    while i + 1 < len(modules):
+        module, after, size = modules[i], modules[i + 1], 2
+        if isinstance(module, nn.Upsample):
+            conv = first_of(after)
+            if isinstance(conv, nn.modules.conv._ConvNd) or "Conv" in type(conv).__name__:
+                up = upsampling_of(module)
+                reason = None if type(module) in UPSAMPLES else refuses_type(module)
+                reason = reason or refuses_upsampling(up) or refuses_convolution(conv)
+                if reason is None and watched(module):
+                    reason = f"the upsampling {watched(module)}"
+                if reason is None and conv is after and i + 2 < len(modules) and activation_of(modules[i + 2]):
+                    size = 3
+                found.append((i, size, reason))
+        elif isinstance(module, nn.ConvTranspose2d) and type(after).__module__ == "torch.nn.modules.activation":
+            reason = None if type(module) in TRANSPOSED else refuses_type(module)
+            if reason is None and watched(module):
+                reason = f"the convolution {watched(module)}"
+            if reason is None and getattr(module, "activation", None) is not None:
+                reason = "the convolution has an activation already"
+            if reason is None and activation_of(after) is None:
+                reason = refuses_activation(after)
+            found.append((i, 2, reason))
+        i += 1
+    return found

@@ -1,0 +1,249 @@
+"""A module's own forward with its calls of torch's upsampling functions made aeup's: no code is copied from any
+library, and nothing is patched outside of the new function.
+
+The source is parsed, the calls are renamed to free variables of a function that surrounds it, and the result is
+compiled with the same globals, closure and line numbers. It is refused unless compiling the source as it stands gives
+the very code that runs. An interpolate whose result goes to one call and nowhere else, as the code itself proves, joins
+that call (:func:`aeup.adapters.pairs.pair`).
+"""
+
+import __future__
+
+import ast
+import copy
+import inspect
+import linecache
+import types
+from collections.abc import Callable
+from functools import lru_cache, reduce
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from aeup.adapters.pairs import pair
+from aeup.functional import conv_transpose2d, interpolate
+from aeup.ops.interpolate import MODES
+
+_CALLS = {
+    F.interpolate: "_aeup_interpolate",
+    F.upsample: "_aeup_interpolate",
+    F.upsample_nearest: "_aeup_interpolate",
+    F.conv_transpose2d: "_aeup_conv_transpose2d",
+    torch.conv_transpose2d: "_aeup_conv_transpose2d",
+}
+_FREE = {"_aeup_interpolate": interpolate, "_aeup_conv_transpose2d": conv_transpose2d, "_aeup_pair": pair}
+_FUTURE = reduce(lambda a, b: a | b, (getattr(__future__, name).compiler_flag for name in __future__.all_feature_names))
+NAMES = frozenset(f.__name__ for f in _CALLS)
+
+
+class Rewritten(NamedTuple):
+    """`calls`: the functions that were replaced, as the source writes them; `pairs`: the attributes of self ("conv",
+    "head.0") that take an interpolate's result and now do so in one operation where they can."""
+
+    forward: Callable
+    calls: tuple[str, ...]
+    pairs: tuple[str, ...]
+
+
+class Refusal(Exception):
+    """Why a forward cannot be rewritten."""
+
+
+def names_upsampling(cls: type) -> bool:
+    """Whether the class's forward names one of the functions: a guess, made without reading its source."""
+    forward = inspect.unwrap(getattr(cls, "forward", None) or (lambda: None))
+    return isinstance(forward, types.FunctionType) and not NAMES.isdisjoint(forward.__code__.co_names)
+
+
+@lru_cache(None)
+def rewrite(forward: Callable, fuse: bool) -> Rewritten:
+    """A forward by aeup, or as it is where it calls none of the functions. Raises Refusal."""
+    if not isinstance(forward, types.FunctionType):
+        raise Refusal("its forward is not a Python function")
+    if hasattr(forward, "__wrapped__"):
+        raise Refusal("its forward is decorated")
+    definition = _definition(forward)
+    code = forward.__code__
+    names = {n.attr if isinstance(n, ast.Attribute) else n.id for n in ast.walk(definition)
+             if isinstance(n, (ast.Attribute, ast.Name))}  # fmt: skip
+    if not names.isdisjoint(("locals", "vars", "eval", "exec")):
+        raise Refusal("its forward looks at its own variables")
+    if any(n.startswith("__") and not n.endswith("__") for n in names):
+        raise Refusal("its forward uses names that are private to its class")
+    if inspect.iscoroutinefunction(forward) or inspect.isgeneratorfunction(forward):
+        raise Refusal("its forward is a generator or a coroutine")
+    rewriter = _Rewriter(forward, definition, fuse)
+    definition.body = rewriter.statements(definition.body)
+    if not rewriter.calls:
+        return Rewritten(forward, (), ())
+    free = (*code.co_freevars, *_FREE)
+    arguments = ast.arguments(
+        posonlyargs=[], args=[ast.arg(n) for n in free], kwonlyargs=[], kw_defaults=[], defaults=[]
+    )
+    result = ast.Return(ast.Name(definition.name, ast.Load()))
+    outer = ast.parse("def around(): pass").body[0]
+    outer.args, outer.body = arguments, [definition, result]
+    module = ast.fix_missing_locations(ast.Module([outer], []))
+    made = compile(module, code.co_filename, "exec", code.co_flags & _FUTURE, dont_inherit=True)
+    made = next(c for c in _codes(made) if c.co_name == code.co_name and c.co_firstlineno == code.co_firstlineno)
+    cells = dict(zip(code.co_freevars, forward.__closure__ or (), strict=True))
+    cells |= {name: types.CellType(value) for name, value in _FREE.items()}
+    closure = tuple(cells[name] for name in made.co_freevars)
+    new = types.FunctionType(made, forward.__globals__, forward.__name__, forward.__defaults__, closure)
+    new.__kwdefaults__, new.__annotations__ = forward.__kwdefaults__, forward.__annotations__
+    new.__doc__, new.__qualname__, new.__module__ = forward.__doc__, forward.__qualname__, forward.__module__
+    return Rewritten(new, tuple(rewriter.calls), tuple(rewriter.pairs))
+
+
+def _codes(code: types.CodeType):
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield constant
+            yield from _codes(constant)
+
+
+@lru_cache(64)
+def _parsed(filename: str, source: str) -> tuple[ast.Module, tuple[types.CodeType, ...]]:
+    try:
+        return ast.parse(source), tuple(_codes(compile(source, filename, "exec", dont_inherit=True)))
+    except SyntaxError as error:
+        raise Refusal(f"its source cannot be read: {error}") from None
+
+
+def _definition(forward: types.FunctionType) -> ast.FunctionDef:
+    """A fresh syntax tree of the function."""
+    code = forward.__code__
+    source = "".join(linecache.getlines(code.co_filename, forward.__globals__))
+    if not source:
+        raise Refusal("its source cannot be found")
+    tree, codes = _parsed(code.co_filename, source)
+    if code not in codes:
+        raise Refusal("its source is not what runs")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and node.name == code.co_name and node.lineno == code.co_firstlineno:
+            return copy.deepcopy(node)
+    raise Refusal("its forward is decorated, or not a plain function")
+
+
+class _Rewriter(ast.NodeTransformer):
+    def __init__(self, forward: types.FunctionType, definition: ast.FunctionDef, fuse: bool) -> None:
+        self.code, self.globals, self.fuse = forward.__code__, forward.__globals__, fuse
+        self.me = self.code.co_varnames[0] if self.code.co_argcount else None
+        self.calls, self.pairs = [], []
+        nodes = list(ast.walk(definition))
+        # Bound somewhere within, so perhaps no global: stored names, arguments, imports, inner functions.
+        self.bound = {n.id for n in nodes if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
+        self.bound |= {n.arg for n in nodes if isinstance(n, ast.arg)} | set(self.code.co_freevars)
+        self.bound |= {(n.asname or n.name).partition(".")[0] for n in nodes if isinstance(n, ast.alias)}
+        self.bound |= {n.name for n in nodes if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+        # An exception between two statements that became one would find other values.
+        self.joins = (
+            fuse
+            and not any(isinstance(n, ast.Try) for n in nodes)
+            and self.me not in ({n.id for n in nodes if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)})
+        )
+
+    def resolve(self, node: ast.expr):
+        """The object that a chain of names is, where it starts at a global."""
+        if isinstance(node, ast.Attribute):
+            owner = self.resolve(node.value)
+            return getattr(owner, node.attr, None) if isinstance(owner, types.ModuleType) else None
+        return self.globals.get(node.id) if isinstance(node, ast.Name) and node.id not in self.bound else None
+
+    def target(self, node: ast.AST) -> str | None:
+        """What the call of a function of torch's becomes."""
+        found = self.resolve(node.func) if isinstance(node, ast.Call) else None
+        return _CALLS.get(found) if isinstance(found, Callable) and found.__hash__ else None
+
+    def attribute_of_self(self, node: ast.expr) -> str | None:
+        """ "a.0" for self.a[0]."""
+        if isinstance(node, ast.Name):
+            return "" if node.id == self.me else None
+        if isinstance(node, ast.Attribute):
+            name = node.attr
+        elif isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+            name = str(node.slice.value)
+        else:
+            return None
+        owner = self.attribute_of_self(node.value)
+        return None if owner is None else f"{owner}.{name}".lstrip(".")
+
+    def joined(self, call: ast.Call, resampling: ast.Call) -> ast.Call | None:
+        """call(resampling(...)) as one call, if `call` is of an attribute of self."""
+        path = self.attribute_of_self(call.func) if self.fuse else None
+        if not path or self.target(resampling) != "_aeup_interpolate" or _starred(resampling):
+            return None
+        given = dict(zip(("input", "size", "scale_factor", "mode"), resampling.args, strict=False))
+        given |= {k.arg: k.value for k in resampling.keywords}
+        mode = given.get("mode")
+        if "input" not in given or (isinstance(mode, ast.Constant) and mode.value not in MODES):
+            return None
+        self.calls.append(ast.unparse(resampling.func))
+        self.pairs.append(path)
+        arguments = [self.visit(a) for a in resampling.args]
+        keywords = [ast.keyword(k.arg, self.visit(k.value)) for k in resampling.keywords]
+        return ast.copy_location(
+            ast.Call(ast.Name("_aeup_pair", ast.Load()), [call.func, *arguments], keywords), resampling
+        )
+
+    def visit_Call(self, node: ast.Call) -> ast.expr:
+        if len(node.args) == 1 and not node.keywords and isinstance(node.args[0], ast.Call):
+            one = self.joined(node, node.args[0])
+            if one is not None:
+                return one
+        name = self.target(node)
+        if name:
+            self.calls.append(ast.unparse(node.func))
+            node.func = ast.copy_location(ast.Name(name, ast.Load()), node.func)
+        return self.generic_visit(node)
+
+    def generic_visit(self, node: ast.AST) -> ast.AST:
+        for name in ("body", "orelse"):
+            block = getattr(node, name, None)
+            if isinstance(block, list) and isinstance(node, (ast.If, ast.For, ast.While, ast.With)):
+                setattr(node, name, self.statements(block))
+        return super().generic_visit(node)
+
+    def statements(self, block: list[ast.stmt]) -> list[ast.stmt]:
+        """A block; ``x = interpolate(...); x = f(self.conv(x))`` (or a return of it) becomes one statement."""
+        out = []
+        for statement in block:
+            if out and self.join(out[-1], statement):
+                out.pop()
+            out.append(statement)
+        return [self.visit(s) for s in out]
+
+    def join(self, first: ast.stmt, second: ast.stmt) -> bool:
+        """Moves the interpolate of `first` into `second` where nothing else can see its result."""
+        if not (
+            isinstance(first, ast.Assign)
+            and len(first.targets) == 1
+            and isinstance(first.targets[0], ast.Name)
+            and self.target(first.value) == "_aeup_interpolate"
+        ):
+            return False
+        name = first.targets[0].id
+        ends = isinstance(second, ast.Return) or (
+            isinstance(second, ast.Assign)
+            and len(second.targets) == 1
+            and isinstance(second.targets[0], ast.Name)
+            and second.targets[0].id == name
+        )
+        if not ends or not self.joins or name in self.code.co_cellvars or name not in self.code.co_varnames:
+            return False
+        call = second.value
+        while isinstance(call, ast.Call) and len(call.args) == 1 and not call.keywords:
+            if self.attribute_of_self(call.func) is None and self.resolve(call.func) is None:
+                return False
+            if isinstance(call.args[0], ast.Name):
+                if call.args[0].id != name or not self.attribute_of_self(call.func) or _starred(first.value):
+                    return False
+                call.args[0] = first.value
+                return True
+            call = call.args[0]
+        return False
+
+
+def _starred(call: ast.Call) -> bool:
+    return any(isinstance(a, ast.Starred) for a in call.args) or any(k.arg is None for k in call.keywords)

@@ -1,0 +1,435 @@
+"""Puts aeup into an existing model, in place, and takes it out again."""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from aeup import nn as aeup_nn
+from aeup.adapters import MARK, Refusal, derive, known, names_upsampling, original_of, pairs, rewrite
+
+__all__ = ["SwapBenchmark", "SwapReport", "SwapRow", "swap", "unswap"]
+
+_CLASSES = {
+    nn.ConvTranspose2d: aeup_nn.ConvTranspose2d,
+    nn.Upsample: aeup_nn.Upsample,
+    nn.UpsamplingNearest2d: pairs.UpsamplingNearest2d,
+    nn.UpsamplingBilinear2d: pairs.UpsamplingBilinear2d,
+}
+_OURS = (*_CLASSES.values(), aeup_nn.UpsamplingNearest2d, aeup_nn.UpsamplingBilinear2d)
+
+
+@dataclass(frozen=True)
+class SwapRow:
+    """What became of one place of the model. `status`: "replaced" (by aeup's equal), "fused" (modules that now run as
+    one operation) or "left", with the `reason`."""
+
+    path: str
+    was: str
+    status: str
+    now: str = ""
+    reason: str = ""
+
+
+@dataclass
+class SwapReport:
+    """What :func:`swap` did: `rows`; prints as a table. `benchmark` is None, or what was measured."""
+
+    rows: list[SwapRow] = field(default_factory=list)
+    dry_run: bool = False
+    benchmark: "SwapBenchmark | None" = None
+
+    @property
+    def replaced(self) -> list[SwapRow]:
+        return [r for r in self.rows if r.status == "replaced"]
+
+    @property
+    def fused(self) -> list[SwapRow]:
+        return [r for r in self.rows if r.status == "fused"]
+
+    @property
+    def left(self) -> list[SwapRow]:
+        return [r for r in self.rows if r.status == "left"]
+
+    @property
+    def notes(self) -> list[str]:
+        """What a swap cannot know."""
+        notes = []
+        if self.fused:
+            notes.append(
+                "Fused modules are not called themselves: a hook added later makes them run one by one again; code "
+                "that calls or slices out one of them gets it as it is, unfused."
+            )
+        if any(r.was.startswith("forward of") and r.status == "replaced" for r in self.rows):
+            notes.append(
+                "Rewritten forwards are those of their classes now: a class that is patched later is not seen."
+            )
+        return notes
+
+    def to_list(self) -> list[dict]:
+        """The rows as dicts of strings, for JSON."""
+        return [asdict(r) for r in self.rows]
+
+    def __str__(self) -> str:
+        head = ("path", "was", "", "now or why not")
+        lines = [(r.path or "(the model)", r.was, r.status, r.now or r.reason) for r in self.rows]
+        widths = [max(len(line[i]) for line in (head, *lines)) for i in range(3)]
+        text = [
+            "  ".join((*(c.ljust(w) for c, w in zip(line, widths, strict=False)), line[3])).rstrip()
+            for line in (head, *lines)
+        ]
+        done = "would be " if self.dry_run else ""
+        text.append(
+            f"{len(self.replaced)} {done}replaced, {len(self.fused)} {done}fused, {len(self.left)} left"
+            if self.rows
+            else "nothing here upsamples in a way that aeup knows"
+        )
+        text += self.notes
+        if self.benchmark is not None:
+            text.append(str(self.benchmark))
+        return "\n".join(text)
+
+
+class _Plan:
+    """What to change: (module, new class) pairs, and the rows of the report."""
+
+    def __init__(self, model: nn.Module, fuse: bool) -> None:
+        self.fuse, self.rows, self.changes = fuse, [], []
+        for path, module in model.named_modules():
+            self.visit(path, module)
+
+    def left(self, path: str, was: str, reason: str) -> None:
+        self.rows.append(SwapRow(path, was, "left", reason=reason))
+
+    def visit(self, path: str, module: nn.Module) -> None:
+        cls = type(module)
+        if original_of(module) is not None:
+            self.left(path, cls.__name__, "is swapped already")
+        elif isinstance(module, (torch.jit.ScriptModule, torch.fx.GraphModule)):
+            self.left(path, cls.__name__, "was made from other code (TorchScript, fx): swap the model before that")
+        elif cls in _OURS:
+            self.left(path, f"aeup.{cls.__name__}", "is aeup's already")
+        elif isinstance(module, (nn.Upsample, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
+            self.single(path, module)
+        elif "ConvTranspose" in cls.__name__ and "quantized" in cls.__module__:
+            self.left(path, cls.__name__, pairs.refuses_type(module))
+        elif pairs.is_sequence(module):
+            if self.fuse:
+                self.sequence(path, module)
+        elif not cls.__module__.startswith(("torch.", "aeup.")) and names_upsampling(cls):
+            self.forward(path, module)
+        elif self.fuse:
+            self.adapter(path, module)
+
+    def single(self, path: str, module: nn.Module) -> None:
+        cls = type(module)
+        if isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose3d)):
+            return self.left(path, cls.__name__, "is 1-D or 3-D: aeup upsamples images")
+        if cls not in _CLASSES:
+            return self.left(path, cls.__name__, pairs.refuses_type(module))
+        if "forward" in module.__dict__:
+            return self.left(path, cls.__name__, "has a forward of its own, set on the instance")
+        if isinstance(module, nn.ConvTranspose2d) and not pairs.has_plain_weight(module):
+            return self.left(path, cls.__name__, f"its weight is a {type(module.weight).__name__}")
+        if isinstance(module, nn.Upsample):
+            reason = pairs.refuses_upsampling(pairs.upsampling_of(module)._replace(recompute_scale_factor=None))
+            if reason:
+                return self.left(path, cls.__name__, reason)
+        new = _CLASSES[cls]
+        self.changes.append((module, new))
+        self.rows.append(SwapRow(path, cls.__name__, "replaced", f"aeup.{new.__name__}"))
+
+    def sequence(self, path: str, module: nn.Sequential) -> None:
+        names, modules, derived = list(module._modules), list(module._modules.values()), None
+        for at, size, reason in pairs.pairs_in(module):
+            places = ", ".join(f"{path}.{n}".lstrip(".") for n in names[at : at + size])
+            what = " -> ".join(type(m).__name__ for m in modules[at : at + size])
+            try:
+                if reason or "forward" in module.__dict__:
+                    raise Refusal(reason or "the container has a forward of its own, set on the instance")
+                derived = derive(type(module), "sequence")
+            except Refusal as error:
+                self.left(places, what, f"not fused: {error}")
+                continue
+            now = "aeup.upsample_conv2d" if isinstance(modules[at], nn.Upsample) else "aeup.conv_transpose2d"
+            now += " with activation" if (size == 3 or now == "aeup.conv_transpose2d") else ""
+            self.rows.append(SwapRow(places, what, "fused", now))
+        if derived:
+            self.changes.append((module, derived))
+
+    def adapter(self, path: str, module: nn.Module) -> bool:
+        """By an adapter of the library's class, if there is one."""
+        cls = type(module)
+        try:
+            found = known(cls)
+            target = found.pair(module) if found else None
+            if target is None:
+                return False
+            if "forward" in module.__dict__:
+                raise Refusal("it has a forward of its own, set on the instance")
+            derived = derive(cls, "known")
+        except Refusal as error:
+            self.left(path, f"{cls.__name__}'s pair", f"not fused: {error}")
+            return False
+        self.changes.append((module, derived))
+        self.pair(path, module, target, found.when)
+        return True
+
+    def pair(self, path: str, module: nn.Module, target: str, when: str = "") -> None:
+        after = _submodule(module, target)
+        place = f"{path}.{target}".lstrip(".")
+        if after is None:
+            return
+        reason = pairs.refuses_pair(after)
+        what = f"interpolate -> {type(after).__name__}"
+        if reason is None:
+            self.rows.append(SwapRow(place, what, "fused", "aeup.upsample_conv2d" + (when and f", {when}")))
+        elif "Conv" in type(after).__name__ or pairs.is_sequence(after):
+            self.left(place, what, f"not fused: {reason}")
+
+    def forward(self, path: str, module: nn.Module) -> None:
+        """By the class's own forward, with its calls replaced."""
+        cls = type(module)
+        try:
+            found = rewrite(cls.forward, self.fuse)
+            if not found.calls:
+                return
+            if "forward" in module.__dict__:
+                raise Refusal("it has a forward of its own, set on the instance")
+            derived = derive(cls, "pairs" if self.fuse else "calls")
+        except Refusal as error:
+            self.left(path, f"forward of {cls.__name__}", f"{error}; see aeup.intercept")
+            return
+        counts = {name: found.calls.count(name) for name in found.calls}
+        now = ", ".join(f"aeup for {name}" + (f" ({n} times)" if n > 1 else "") for name, n in counts.items())
+        self.rows.append(SwapRow(path, f"forward of {cls.__name__}", "replaced", now))
+        if not (self.fuse and self.adapter(path, module)):
+            self.changes.append((module, derived))
+            for target in found.pairs:
+                self.pair(path, module, target)
+
+
+def _submodule(module: nn.Module, path: str) -> nn.Module | None:
+    for name in path.split("."):
+        module = module._modules.get(name) if isinstance(module, nn.Module) else None
+    return module
+
+
+def _apply(changes: list[tuple[nn.Module, type]]) -> list[tuple[nn.Module, type]]:
+    """Changes every class, or none. Gives what :func:`_take_out` takes."""
+    done = []
+    try:
+        for module, new in changes:
+            old = type(module)
+            module.__class__ = new
+            done.append((module, old))
+            if MARK not in new.__dict__:
+                module.__dict__[MARK] = old
+    except BaseException:
+        _take_out(done)
+        raise
+    return done
+
+
+def _take_out(done: list[tuple[nn.Module, type]]) -> None:
+    for module, old in done:
+        module.__class__ = old
+        module.__dict__.pop(MARK, None)
+
+
+# --- before and after ---
+
+
+@dataclass(frozen=True)
+class SwapBenchmark:
+    """Forward before and after, without gradients, measured in turns. Times are medians in milliseconds; `ratio` is
+    before / after, the median over the rounds with its `quartiles`; `difference` is the largest difference of outputs,
+    relative to the largest output."""
+
+    device: str
+    before: float
+    after: float
+    ratio: float
+    quartiles: tuple[float, float]
+    difference: float
+
+    @property
+    def gained(self) -> bool:
+        return self.quartiles[0] > 1
+
+    def __str__(self) -> str:
+        times = f"{self.before:.3f} ms -> {self.after:.3f} ms, " if self.device != "cpu" else ""
+        low, high = self.quartiles
+        verdict = "" if self.gained else ("slower: " if high < 1 else "nothing was gained: ")
+        return (
+            f"{verdict}{times}{self.ratio:.2f}x (quartiles {low:.2f} to {high:.2f}) on {self.device}; outputs differ "
+            f"by {self.difference:.1e} of the largest"
+        )
+
+
+def _compare(model: nn.Module, inputs, changes: list[tuple[nn.Module, type]]) -> SwapBenchmark:
+    args, kwargs = _arguments(inputs)
+    training = [(m, m.training) for m in model.modules()]
+    tensors = [t for t in tree_leaves((args, kwargs)) if torch.is_tensor(t)] + list(model.parameters())
+    device = next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
+    done = []
+
+    def swapped(on: bool) -> None:
+        done[:] = _apply(changes) if on else _take_out(done) or []
+
+    def output() -> list[torch.Tensor]:
+        torch.manual_seed(0)  # models that sample
+        return [t.double() for t in tree_leaves(_plain(model(*args, **kwargs))) if torch.is_tensor(t)]
+
+    try:
+        model.eval()
+        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            before = output()
+            swapped(True)
+            after = output()
+            swapped(False)
+            both = [(b, a) for b, a in zip(before, after, strict=True) if b.numel()]
+            largest = max((b.abs().max().item() for b, _ in both), default=0.0)
+            difference = max(((a - b).abs().max().item() for b, a in both), default=0.0) / (largest or 1.0)
+            del before, after, both
+            rounds = _rounds(lambda: model(*args, **kwargs), swapped, device)
+    finally:
+        _take_out(done)
+        for module, mode in training:
+            module.training = mode
+    ratios = sorted(b / a for b, a in rounds)
+    low, _, high = statistics.quantiles(ratios, n=4)
+    medians = (statistics.median(times) for times in zip(*rounds, strict=True))
+    return SwapBenchmark(device.type, *medians, statistics.median(ratios), (low, high), difference)
+
+
+def _arguments(inputs) -> tuple[tuple, dict]:
+    if isinstance(inputs, dict):
+        return (), inputs
+    if isinstance(inputs, (tuple, list)):
+        return tuple(inputs), {}
+    if torch.is_tensor(inputs):
+        return (inputs,), {}
+    raise TypeError(f"aeup.swap: benchmark must be a tensor, a tuple or a dict, got {type(inputs).__name__}")
+
+
+def _plain(output):
+    """Outputs that are no pytree (a library's dataclass) as one."""
+    if dataclasses.is_dataclass(output) and not isinstance(output, dict):
+        return [getattr(output, f.name) for f in dataclasses.fields(output)]
+    return dict(output) if isinstance(output, Mapping) else output
+
+
+def _rounds(run: Callable, swapped: Callable[[bool], None], device: torch.device) -> list[tuple[float, float]]:
+    """(before, after) in milliseconds a call, once per round; the order within a round alternates."""
+    gpu = device.type == "cuda"
+
+    def measure(calls: int) -> float:
+        if gpu:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda.synchronize(device)
+            start.record()
+            for _ in range(calls):
+                run()
+            end.record()
+            torch.cuda.synchronize(device)
+            return start.elapsed_time(end) / calls
+        begin = time.perf_counter()
+        for _ in range(calls):
+            run()
+        return (time.perf_counter() - begin) * 1e3 / calls
+
+    warm = []
+    for on in (False, True):
+        swapped(on)
+        measure(2)
+        warm.append(measure(1))
+        swapped(False)
+    once = max(*warm, 1e-3)
+    calls = max(1, min(100, int(20 / once)))
+    rounds = []
+    for i in range(max(5, min(25, int(4000 / (2 * once * calls))))):
+        times = {}
+        for on in (i % 2 == 1, i % 2 == 0):
+            swapped(on)
+            times[on] = measure(calls)
+            swapped(False)
+        rounds.append((times[False], times[True]))
+    return rounds
+
+
+def swap(model: nn.Module, *, fuse: bool = True, dry_run: bool = False, benchmark=None) -> SwapReport:
+    """Makes an existing model use aeup, in place: the same parameters (the same objects), ``state_dict`` keys, buffers,
+    hooks and results; :func:`unswap` takes it out again.
+
+    What it finds:
+
+    - ``nn.ConvTranspose2d``, ``nn.Upsample`` and its 2-D kin become aeup's, by exact type.
+    - modules whose forward calls ``F.interpolate`` or ``F.conv_transpose2d`` (torchvision's segmentation models and
+      feature pyramids, segmentation_models_pytorch, timm, your own): the same forward with these calls by aeup, rebuilt
+      from its source. Where the source is not what runs, or is not there, the module is left; :func:`aeup.intercept`
+      may serve it.
+    - with `fuse`, pairs that become one operation: in an ``nn.Sequential``, upsampling and the convolution after it
+      (and its activation), and a transposed convolution and its activation; in a rewritten forward, an interpolate
+      whose result goes to one module only, as its code proves; and by adapters diffusers' ``Upsample2D`` (AutoencoderKL
+      and the U-Nets) and the decoder blocks of segmentation_models_pytorch.
+
+    Pairs are looked at again whenever they run: what has got a hook, another class or another neighbour since runs
+    module by module. Not fused: a convolution with a stride, a dilation or a padding mode other than zeros, modules
+    with hooks, subclasses, parametrised, lazy and quantised modules, containers with a forward of their own.
+
+    A module is changed by its class alone, to a subclass of it, so that ``isinstance``, deepcopy, pickling, DDP, EMA,
+    ``torch.compile``, ``torch.export`` and ``.to(...)`` go on. TorchScript does not know aeup: unswap first.
+
+    Under autocast aeup keeps the dtype of what it upsamples, where torch goes to float32 for some modes: the results
+    differ by the rounding of the low precision, and the next layer gets the low precision. Layouts are kept.
+
+    Args:
+        fuse: False replaces single modules and calls only.
+        dry_run: True changes nothing, and reports the same.
+        benchmark: the model's input (a tensor, a tuple of arguments or a dict of keyword arguments): times the forward
+            without gradients in eval mode before and after, interleaved, compares the outputs, and reports both.
+
+    Raises:
+        TypeError: `model` is not a module. Where anything fails the model is as it was.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"aeup.swap: model must be a torch.nn.Module, got {type(model).__name__}")
+    plan = _Plan(model, fuse)
+    report = SwapReport(plan.rows, dry_run)
+    if benchmark is not None:
+        report.benchmark = _compare(model, benchmark, plan.changes)
+    if not dry_run:
+        _apply(plan.changes)
+    return report
+
+
+def unswap(model: nn.Module) -> nn.Module:
+    """Takes out of a model what :func:`swap` put in: every module gets its class back. aeup's modules that were there
+    before stay. Returns the model.
+
+    Raises:
+        TypeError: `model` is not a module.
+        RuntimeError: the class of a swapped module was changed since; nothing is changed.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"aeup.unswap: model must be a torch.nn.Module, got {type(model).__name__}")
+    found = []
+    for path, module in model.named_modules():
+        old = original_of(module)
+        if any(MARK in c.__dict__ for c in type(module).__mro__[1:]) or (
+            MARK in module.__dict__ and type(module) not in _OURS
+        ):
+            raise RuntimeError(
+                f"aeup.unswap: the class of {path or 'the model'} was changed to {type(module).__name__} after the "
+                "swap (by a parametrisation, for example): undo that first"
+            )
+        if old is not None:
+            found.append((module, old))
+    _take_out(found)
+    return model

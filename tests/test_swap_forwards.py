@@ -1,0 +1,182 @@
+"""aeup.swap on modules that call F.interpolate themselves: the same forward but for its calls."""
+
+import copy
+import importlib
+import linecache
+
+import pytest
+import torch
+import torch.nn.functional as F
+from swap_helpers import close
+from torch import nn
+
+from aeup import intercept, swap
+from aeup.adapters import derive, rewrite
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Base(nn.Module):
+    def forward(self, x):
+        return x * 2
+
+
+class Derived(Base):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3)
+
+    def forward(self, x, *, mode: str = "nearest"):
+        """Of the base."""
+        x = super().forward(x)
+        if mode == "nearest":
+            x = F.interpolate(x, scale_factor=FACTOR, mode=mode)
+            return self.conv(x)
+        return [F.interpolate(y[None], scale_factor=FACTOR, mode=mode) for y in x]
+
+
+FACTOR = 2
+
+
+class Several(nn.Module):
+    """Results that something else may see."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x):
+        y = F.interpolate(x, scale_factor=2)
+        z = self.conv(y)
+        return y + z
+
+    def tried(self, x):
+        try:
+            x = F.interpolate(x, scale_factor=2)
+            x = self.conv(x)
+        except RuntimeError:
+            x = x * 3
+        return x
+
+    def kept(self, x):
+        keep = lambda: x  # noqa: E731
+        x = F.interpolate(x, scale_factor=2)
+        x = self.conv(x)
+        return x + keep()
+
+    def twice(self, x):
+        x = F.interpolate(x, scale_factor=2)
+        x = self.conv(x) + x
+        return x
+
+    def used(self, x):
+        x = F.interpolate(x, scale_factor=2)
+        x = torch.relu(self.conv(torch.neg(x)))
+        return x
+
+
+class Shadowed(nn.Module):
+    def forward(self, x):
+        from torch.nn import functional as F
+
+        return F.interpolate(x, scale_factor=2)
+
+
+class Private(nn.Module):
+    def forward(self, x):
+        return F.interpolate(x, scale_factor=self.__factor)
+
+    __factor = 2
+
+
+class Curious(nn.Module):
+    def forward(self, x):
+        return F.interpolate(x, scale_factor=len(locals()))
+
+
+class Decorated(nn.Module):
+    @torch.no_grad()
+    def forward(self, x):
+        return F.interpolate(x, scale_factor=2)
+
+
+def test_a_rewritten_forward_is_the_same_function_but_for_its_calls(monkeypatch):
+    found = rewrite(Derived.forward, True)
+    assert found.calls == ("F.interpolate", "F.interpolate") and found.pairs == ("conv",)
+    new, old = found.forward, Derived.forward
+    assert (
+        new.__globals__ is old.__globals__ and new.__kwdefaults__ == old.__kwdefaults__ and new.__doc__ == old.__doc__
+    )
+    assert new.__code__.co_firstlineno == old.__code__.co_firstlineno
+    model, x = Derived().double(), torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    plain = copy.deepcopy(model)
+    swap(model)
+    monkeypatch.setitem(globals(), "FACTOR", 3)  # globals stay those of the module
+    close([model(x)], [plain(x)])
+    close(model(x, mode="bilinear"), plain(x, mode="bilinear"))
+    assert derive(Derived, "pairs") is type(model) and type(model).__name__ == "Derived"
+
+
+@pytest.mark.parametrize("name", ["forward", "tried", "kept", "twice", "used"])
+def test_only_what_the_code_proves_is_joined(name):
+    cls = type("Several", (Several,), {"forward": getattr(Several, name)})
+    model, x = cls().double(), torch.randn(1, 3, 4, 5, dtype=torch.float64)
+    before = model(x)
+    report = swap(model)
+    assert report.replaced[0].now == "aeup for F.interpolate" and not report.fused
+    close([model(x)], [before])
+
+
+def test_a_source_that_is_not_what_runs(tmp_path, monkeypatch):
+    text = "from torch import nn\nimport torch.nn.functional as F\nclass Model(nn.Module):\n    def forward(self, x):\n"
+    path = tmp_path / "aeup_edited_model.py"
+    path.write_text(text + "        return F.interpolate(x, scale_factor=2)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    model = importlib.import_module("aeup_edited_model").Model()
+    path.write_text(text + "        return F.interpolate(x, scale_factor=3)\n")
+    linecache.checkcache()
+    report = swap(model)
+    assert "its source is not what runs" in report.left[0].reason and not report.replaced
+    assert model(torch.ones(1, 1, 2, 2)).shape == (1, 1, 4, 4)
+
+
+def test_made_from_other_code():
+    for model in (torch.fx.symbolic_trace(Shadowed()), torch.jit.trace(Shadowed(), torch.randn(1, 3, 4, 4))):
+        report = swap(model)
+        assert "TorchScript, fx" in report.left[0].reason and not report.replaced
+
+
+def test_a_class_that_refuses_subclasses():
+    class Final(nn.Sequential):
+        def __init_subclass__(cls):
+            raise TypeError("no subclasses")
+
+    class Calls(nn.Module):
+        def __init_subclass__(cls):
+            raise TypeError("no subclasses")
+
+        def forward(self, x):
+            return F.interpolate(x, scale_factor=2)
+
+    model = nn.ModuleList([Final(nn.Upsample(scale_factor=2), nn.Conv2d(3, 3, 3)), Calls()])
+    report = swap(model)
+    assert [r.reason.count("no subclasses") for r in report.left] == [1, 1] and len(report.replaced) == 1
+    assert type(model[0]) is Final and type(model[1]) is Calls
+
+
+def test_forwards_that_are_left():
+    x = torch.randn(1, 3, 4, 4)
+    for cls, reason in ((Private, "private to its class"), (Curious, "own variables"), (Decorated, "decorated")):
+        model = cls()
+        report = swap(model)
+        assert reason in report.left[0].reason and type(model) is cls and "intercept" in report.left[0].reason
+    assert swap(Shadowed()).rows == []
+    with intercept() as mode:
+        Shadowed()(x), Private()(x), Decorated()(x)
+    assert len(mode.calls) == 1 and mode.calls[0].count == 3
+    space = {"nn": nn, "F": F}
+    exec("class Typed(nn.Module):\n    def forward(self, x):\n        return F.interpolate(x, scale_factor=2)", space)
+    assert "source" in swap(space["Typed"]()).left[0].reason
+    replaced = Derived()
+    replaced.forward = lambda x: x
+    assert "set on the instance" in swap(replaced).left[-1].reason and replaced(3) == 3
