@@ -107,7 +107,7 @@ class BuildExt(build_ext):
             base += ["-DAEUP_WITH_CUDA", "-DUSE_CUDA", f"-I{cuda / 'include'}"]
 
         jobs = []  # (object, command), in link order
-        for source in ("module.cpp", "ops.cpp", "ops_convolution.cpp", "cpu/interpolate.cpp"):
+        for source in (*sorted(s.name for s in CSRC.glob("*.cpp")), "cpu/interpolate.cpp"):
             obj = temp / (source.replace("/", "-") + ".o")
             jobs.append((obj, CSRC / source, [*base, "-c", str(CSRC / source), "-o", str(obj)]))
         for isa, flags in ISAS.items():

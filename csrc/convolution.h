@@ -7,6 +7,7 @@
 #pragma once
 #include <cstdint>
 
+#include "fold.h"
 #include "resample.h"
 
 namespace aeup {
@@ -23,12 +24,29 @@ struct Convolution {
   bool tf32;                  // float32 may be multiplied in tf32
   Activation activation;      // forward only
   float slope;                // of leaky_relu
+  // Where they have a kernel, the weight (and its gradient) is that of a convolution after nearest upsampling:
+  // [co, ci / groups, fold_h.kernel, fold_w.kernel], contiguous or channels-last. Everything else here is of the
+  // transposed convolution that it folds to; kernels add the weight up while they read it.
+  Fold fold_h, fold_w;
 
   // Forward reads input, weight and bias (may be null) and writes result [n, co, oh, ow]. The input gradient reads
   // grad (of the output) and weight and writes [n, ci, ih, iw]; the weight gradient reads input and grad and writes
-  // [ci, co / groups, kh, kw] in the layout weight_channels_last.
+  // [ci, co / groups, kh, kw] (folded: the convolution's weight) in the layout weight_channels_last.
   const void *input, *weight, *bias, *grad;
+  const void* shared_grad;  // what the family's `share` made of grad for both gradients; null: each for itself
   void* result;
+
+  bool folded() const { return fold_h.kernel != 0; }
+  // From n, ci, co, ih, iw and groups: nearest upsampling by the scales, then a convolution of this kernel and padding.
+  void fold(int64_t kernel_h, int64_t kernel_w, int64_t scale_h, int64_t scale_w, int64_t padding_h,
+            int64_t padding_w) {
+    fold_h = fold_of(kernel_h, scale_h, padding_h), fold_w = fold_of(kernel_w, scale_w, padding_w);
+    kh = fold_h.taps(), kw = fold_w.taps();
+    sh = int(scale_h), sw = int(scale_w);
+    ph = fold_h.padding(int(padding_h)), pw = fold_w.padding(int(padding_w));
+    dh = dw = 1;
+    oh = ih * scale_h + 2 * padding_h - kernel_h + 1, ow = iw * scale_w + 2 * padding_w - kernel_w + 1;
+  }
 };
 
 }  // namespace aeup

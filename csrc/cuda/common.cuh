@@ -189,6 +189,16 @@ AEUP_DEV void store_one(T* p, Acc<T> f) {
   r.store(p);
 }
 
+AEUP_DEV uint32_t round_tf32(float x) {  // to nearest, ties away from zero
+#ifdef AEUP_EMULATE
+  return (__float_as_uint(x) + 0x1000u) & 0xffffe000u;
+#else
+  uint32_t r;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(x));
+  return r;
+#endif
+}
+
 // --- cp.async: 4, 8 or 16 bytes from global to shared memory; groups complete in order ---
 template <int B>
 AEUP_DEV void copy_async(void* shared, const void* global) {
@@ -300,12 +310,24 @@ inline int alignment_of(const void* p, int64_t bytes = 0) {
 
 // --- launch ---
 inline constexpr int64_t kMaxGrid = 0x7fffffff;
+// Programmatic dependent launch, where the device has it: a kernel launched for it may start once all blocks of the one
+// before it in the stream called let_next_start(), and touches global memory only after after_previous(), when that one
+// has ended and its stores are visible.
+AEUP_DEV void let_next_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+AEUP_DEV void after_previous() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 
 #ifdef AEUP_EMULATE
 template <class... P, class... A>
-const char* launch(void (*kernel)(P...), int64_t grid, int block, size_t shared, void*, A... args) {
-  if (grid > kMaxGrid) return "grid too large";
-  return emu::run(dim3(unsigned(grid)), dim3(unsigned(block)), shared, [=] { kernel(args...); });
+const char* launch(void (*kernel)(P...), dim3 grid, int block, size_t shared, void*, A... args) {
+  return emu::run(grid, dim3(unsigned(block)), shared, [=] { kernel(args...); });
 }
 inline int multiprocessors() { return 1; }
 template <class... P>
@@ -315,14 +337,13 @@ int blocks_per_multiprocessor(void (*)(P...), int, size_t) {
 #else
 // nullptr, or the text of the CUDA error.
 template <class... P, class... A>
-const char* launch(void (*kernel)(P...), int64_t grid, int block, size_t shared, void* stream, A... args) {
-  if (grid > kMaxGrid) return "grid too large";
+const char* launch(void (*kernel)(P...), dim3 grid, int block, size_t shared, void* stream, A... args) {
   if (shared > (48 << 10)) {
     const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
     if (e != cudaSuccess) return cudaGetErrorString(e);
   }
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(unsigned(grid));
+  config.gridDim = grid;
   config.blockDim = dim3(unsigned(block));
   config.dynamicSmemBytes = shared;
   config.stream = static_cast<cudaStream_t>(stream);
@@ -347,6 +368,11 @@ int blocks_per_multiprocessor(void (*kernel)(P...), int block, size_t shared) {
   return e == cudaSuccess && count > 0 ? count : 1;
 }
 #endif
+template <class... P, class... A>
+const char* launch(void (*kernel)(P...), int64_t grid, int block, size_t shared, void* stream, A... args) {
+  if (grid > kMaxGrid) return "grid too large";
+  return launch(kernel, dim3(unsigned(grid)), block, shared, stream, args...);
+}
 // Usage: AEUP_LAUNCH(kernel, grid, block, shared bytes, stream, args...); returns from the caller on an error.
 #define AEUP_LAUNCH(kernel, grid, block, shared, stream, ...)                                  \
   do {                                                                                         \

@@ -91,19 +91,6 @@ AEUP_DEV void single(const Epilogue<T>& p, int64_t at, Acc<T> slope, Acc<T>* sum
   one.finish(p, at, slope, sum);
 }
 
-// The next kernel in the stream, launched by launch_next(), may be set up from here on.
-AEUP_DEV void let_next_start() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-// Until the kernel before in the stream has ended and its stores are visible.
-AEUP_DEV void wait_for_previous() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
 // All tensors as one row, [pixels, c] flat. A thread takes every threads-th vector, so that element i of all its
 // vectors is of one channel.
 template <class T, int A, bool kPiecewise>
@@ -215,7 +202,7 @@ template <class T>
 __global__ void __launch_bounds__(kBlock) add_parts(const Acc<T>* partial, T* bias, int64_t parts, int64_t c) {
   using S = Acc<T>;
   __shared__ S sums[kWarps];
-  wait_for_previous();
+  after_previous();
   S sum = S(0);
 #pragma unroll 4
   for (int64_t i = threadIdx.x; i < parts; i += kBlock) {

@@ -1,6 +1,7 @@
 // The second stage of every sum over pixels: partial sums added in a fixed order.
 #pragma once
 #include "conv_common.cuh"
+#include "fold.h"
 
 namespace aeup {
 
@@ -42,6 +43,7 @@ const char* launch_add_partials(const S* partial, T* result, int64_t splits, int
 template <class T>
 const char* launch_add_partials(const Convolution& c, const void* partial, int64_t splits, void* stream) {
   const int64_t co = c.co / c.groups, taps = int64_t(c.kh) * c.kw;
+  if (c.folded()) return launch_fold_back(c, partial, splits, taps * co, co, stream);
   return launch_add_partials(static_cast<const Acc<T>*>(partial), static_cast<T*>(c.result), splits, c.ci * taps * co,
                              taps, co, c.weight_channels_last, stream);
 }

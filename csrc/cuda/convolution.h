@@ -13,6 +13,9 @@ struct ConvolutionFamily {
   const char* (*refuses)(const Convolution& c, Pass pass, int major, int minor);
   int64_t (*workspace)(const Convolution& c, Pass pass);
   const char* (*launch)(const Convolution& c, Pass pass, void* workspace, void* stream);
+  // Where both gradients would bring grad into the same form: its bytes (0: they would not), and what makes it.
+  int64_t (*shared)(const Convolution& c) = nullptr;
+  const char* (*share)(const Convolution& c, void* to, void* stream) = nullptr;
 };
 
 extern const ConvolutionFamily kHopperConvolution;       // hopper_*.cu: implicit GEMM on wgmma with tensor maps, sm_90a

@@ -32,15 +32,6 @@ AEUP_DEV void matrix_product(float* c, const uint32_t* a, uint32_t b0, uint32_t 
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 #endif
 }
-AEUP_DEV uint32_t round_tf32(float x) {  // to nearest
-#ifdef AEUP_EMULATE
-  return (__float_as_uint(x) + 0x1000u) & 0xffffe000u;
-#else
-  uint32_t r;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(x));
-  return r;
-#endif
-}
 // The word as an operand, and with kSplit what is left of it as another.
 template <class T, bool kSplit>
 AEUP_DEV void make_operand(uint32_t word, uint32_t* high, uint32_t* low) {

@@ -1,5 +1,6 @@
 // The family for 1 to 4 output channels: which calls it takes.
 #include "few.h"
+#include "fold.h"
 
 namespace aeup {
 namespace {
@@ -19,10 +20,13 @@ const char* refuses(const Convolution& c, Pass pass, int major, int minor) {
   const int64_t most = major == 8 && minor == 0 ? 163 : major == 9 || major == 10 ? 227 : 99;  // KiB of a block
   return shared > most << 10 ? "too many input channels for shared memory" : nullptr;
 }
-int64_t workspace(const Convolution& c, Pass pass) {
-  return pass == Pass::weight_gradient ? few_weight_gradient_workspace(c) : 0;
+int64_t workspace(const Convolution& given, Pass pass) {
+  Convolution c = given;
+  return fold_workspace(&c, pass) + (pass == Pass::weight_gradient ? few_weight_gradient_workspace(c) : 0);
 }
-const char* launch(const Convolution& c, Pass pass, void* workspace, void* stream) {
+const char* launch(const Convolution& given, Pass pass, void* workspace, void* stream) {
+  Convolution c = given;
+  if (const char* error = fold_weight(&c, pass, &workspace, stream)) return error;
   switch (pass) {
     case Pass::forward: return launch_few_forward(c, stream);
     case Pass::input_gradient: return launch_few_input_gradient(c, stream);

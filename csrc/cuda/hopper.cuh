@@ -93,11 +93,7 @@ AEUP_DEV void store_matrices(uint32_t address, uint32_t a, uint32_t b, uint32_t 
                : "memory");
 }
 
-// Programmatic dependent launch: the kernel may start while the one before it in the stream still runs, and reads and
-// writes global memory only after after_previous().
-AEUP_DEV void after_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-AEUP_DEV void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-
+// A launch that may overlap the end of the kernel before it: see after_previous().
 template <class P>
 const char* launch_early(void (*kernel)(P), int64_t grid, int block, size_t shared, void* stream, const P& p) {
   cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));

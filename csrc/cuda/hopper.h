@@ -3,10 +3,9 @@
 #include <cuda.h>
 
 #include "cuda/convolution.h"
+#include "cuda/hopper_pack.h"
 
 namespace aeup {
-
-constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 // A 16-bit tensor in device memory as a tensor map with boxes of 128-byte rows, 128-byte swizzle and zeros outside.
 // Sizes innermost first; strides in elements, of dimensions 1 and up. Returns nullptr or an error.
@@ -40,22 +39,5 @@ Box choose_box(int64_t n, int64_t h, int64_t w, int most, bool exact);
 int64_t hopper_weight_gradient_workspace(const Convolution& c);
 const char* hopper_weight_gradient(const Convolution& c, const void* x, const void* grad, void* workspace,
                                    void* stream);
-
-// [n, c, pixels] -> [n, pixels, padded c], zeros in the padding; elements of 2 or 4 bytes. Or the way back,
-// without the padding, of 2 bytes.
-const char* to_channels_last(const void* from, void* to, int64_t n, int64_t c, int64_t pixels, int64_t padded,
-                             void* stream, int bytes = 2);
-const char* from_channels_last(const void* from, void* to, int64_t n, int64_t c, int64_t pixels, int64_t padded,
-                               void* stream);
-// [rows, c] -> [rows, padded c].
-const char* pad_channels(const void* from, void* to, int64_t rows, int64_t c, int64_t padded, void* stream,
-                         int bytes = 2);
-// [ci, co, taps] (contiguous) or [ci, taps, co] (channels-last) -> [taps, ci, padded co].
-const char* pack_weight(const void* from, void* to, int64_t ci, int64_t co, int64_t taps, int64_t padded,
-                        bool channels_last, void* stream);
-
-// The weight with the phases as columns: [taps of a phase, ci, phases * co, padded to 8]; dilation 1, and a kernel that
-// is a multiple of the stride.
-const char* pack_phases(const Convolution& c, void* to, void* stream);
 
 }  // namespace aeup

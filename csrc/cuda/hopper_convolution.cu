@@ -282,7 +282,7 @@ Layout layout_of(const Convolution& c, Pass pass) {
   Layout l;
   const int64_t x = c.n * c.ih * c.iw * round_up(c.ci, 8) * 2, y = c.n * c.oh * c.ow * round_up(c.co, 8) * 2;
   if (pass != Pass::input_gradient && !as_it_is(c, c.ci, c.input)) l.add(&l.source, x);
-  if (pass != Pass::forward && !as_it_is(c, c.co, c.grad))
+  if (pass != Pass::forward && !c.shared_grad && !as_it_is(c, c.co, c.grad))
     l.add(pass == Pass::input_gradient ? &l.source : &l.second, y);
   if (pass == Pass::weight_gradient) {
     l.add(&l.partial, hopper_weight_gradient_workspace(c));
@@ -290,7 +290,7 @@ Layout layout_of(const Convolution& c, Pass pass) {
   }
   if (pass == Pass::forward && forward_choice(c).arrangement == Arrangement::columns)
     l.add(&l.weight, int64_t(c.kh) * c.kw / (c.sh * c.sw) * c.ci * round_up(c.sh * c.sw * c.co, 8) * 2);
-  else if (!c.weight_channels_last || c.co % 8 || reinterpret_cast<uintptr_t>(c.weight) % 16)
+  else if (c.folded() || !c.weight_channels_last || c.co % 8 || reinterpret_cast<uintptr_t>(c.weight) % 16)
     l.add(&l.weight, int64_t(c.kh) * c.kw * c.ci * round_up(c.co, 8) * 2);
   const Choice& choice = pass == Pass::forward ? forward_choice(c) : gradient_choice(c);
   if (!c.channels_last && choice.arrangement != Arrangement::turned)
@@ -326,7 +326,7 @@ const char* run(const Convolution& given, Pass pass, void* memory, void* stream)
   const Convolution c = pass == Pass::forward ? normal(given) : given;
   const Layout l = layout_of(c, pass);
   char* workspace = static_cast<char*>(memory);
-  const void *x = c.input, *grad = c.grad;
+  const void *x = c.input, *grad = c.shared_grad ? c.shared_grad : c.grad;
   const char* e = nullptr;
   if (pass == Pass::weight_gradient) {
     if ((e = channels_last_of(c, &x, c.ci, c.ih, c.iw, l.source, workspace, stream))) return e;
@@ -343,7 +343,7 @@ const char* run(const Convolution& given, Pass pass, void* memory, void* stream)
     weight = to, w_channel = round_up(c.sh * c.sw * c.co, 8), w_tap = c.ci * w_channel;
   } else if (l.weight >= 0) {
     void* to = workspace + l.weight;
-    if ((e = pack_weight(weight, to, c.ci, c.co, taps, co8, c.weight_channels_last, stream))) return e;
+    if ((e = pack_weight(c, to, stream))) return e;
     weight = to, w_channel = co8, w_tap = c.ci * co8;
   }
   void* out = l.out >= 0 ? workspace + l.out : c.result;
@@ -359,8 +359,16 @@ const char* run(const Convolution& given, Pass pass, void* memory, void* stream)
   return e;
 }
 
+int64_t shared(const Convolution& c) {
+  return as_it_is(c, c.co, c.grad) ? 0 : c.n * c.oh * c.ow * round_up(c.co, 8) * 2;
+}
+const char* share(const Convolution& c, void* to, void* stream) {
+  const void* grad = c.grad;
+  return channels_last_of(c, &grad, c.co, c.oh, c.ow, 0, static_cast<char*>(to), stream);
+}
+
 }  // namespace
 
-const ConvolutionFamily kHopperConvolution = {"hopper", refuses, workspace, run};
+const ConvolutionFamily kHopperConvolution = {"hopper", refuses, workspace, run, shared, share};
 
 }  // namespace aeup

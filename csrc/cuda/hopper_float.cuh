@@ -24,11 +24,6 @@ struct FloatShape {
   static constexpr int kBytes = 1024 + kStages * kStage + kStaging + kBias + 2 * 8 * 8;
 };
 
-AEUP_DEV uint32_t to_tf32(float v) {
-  uint32_t d;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(d) : "f"(v));
-  return d;
-}
 AEUP_DEV float smooth_exact(float v, int activation) {
   switch (Activation(activation)) {
     case Activation::silu: return v / (1 + expf(-v));
@@ -66,9 +61,9 @@ AEUP_DEV void strict_step(float (&part)[kTilesM][kLength], uint32_t a, uint64_t 
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const float value = __uint_as_float(values[e]);
-          const uint32_t upper = to_tf32(value);
+          const uint32_t upper = round_tf32(value);
           high[m][half * 2 + e / 2][r + e % 2 * 2] = upper;
-          low[m][half * 2 + e / 2][r + e % 2 * 2] = to_tf32(value - __uint_as_float(upper));
+          low[m][half * 2 + e / 2][r + e % 2 * 2] = round_tf32(value - __uint_as_float(upper));
         }
       }
 #pragma unroll

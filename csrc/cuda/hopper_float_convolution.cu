@@ -173,7 +173,7 @@ Layout layout_of(const Convolution& c, Pass pass) {
   const int64_t in = c.n * c.ih * c.iw, out = c.n * c.oh * c.ow;
   if (!c.channels_last || from % 4 || !aligned(forward ? c.input : c.grad))
     l.add(&l.source, (forward ? in : out) * round_up(from, 4) * 4);
-  if (forward || !c.tf32 || !c.weight_channels_last || c.co % 4 || !aligned(c.weight))
+  if (forward || c.folded() || !c.tf32 || !c.weight_channels_last || c.co % 4 || !aligned(c.weight))
     l.add(&l.weight, int64_t(c.kh) * c.kw * to * round_up(from, 32) * (c.tf32 ? 4 : 8));
   return l;
 }

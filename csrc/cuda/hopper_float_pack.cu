@@ -1,20 +1,12 @@
 // The weight of the float32 family: rounded, split and laid out along the summed channels.
-#include "cuda/hopper_float.cuh"
+#include "cuda/float_pack.cuh"
+#include "cuda/fold.h"
+#include "cuda/hopper_pack.h"
 
 namespace aeup {
 namespace {
 
 constexpr int kTile = 32, kThreads = 256;
-
-// Where channel c of a row goes, in the order in which strict_step reads the source.
-AEUP_DEV int float_position(int c) { return c / 32 * 32 + c % 8 / 2 * 8 + c % 2 * 4 + c % 32 / 8; }
-
-template <bool kStrict>
-AEUP_DEV void store_split(uint32_t* to, int64_t plane, int64_t at, float v) {
-  const uint32_t hi = to_tf32(v);
-  to[at] = hi;
-  if constexpr (kStrict) to[plane + at] = to_tf32(v - __uint_as_float(hi));
-}
 
 struct Columns {  // row (y * kw + x) * co + c of the source: its place in [taps of a phase, phases, co]
   int co, kh, kw, sh, sw, ph, pw;  // sh = sw = 1: [taps, co]
@@ -22,8 +14,8 @@ struct Columns {  // row (y * kw + x) * co + c of the source: its place in [taps
 
 // from [ci, rows], rows = co * taps in either order -> to [rows in their places, pitch].
 template <bool kStrict>
-__global__ void __launch_bounds__(kThreads) pack_rows(const float* from, uint32_t* to, int ci, int rows, int pitch,
-                                                      int row_tiles, bool channels_last, Columns k) {
+__global__ void __launch_bounds__(kThreads)
+    pack_rows(const float* from, float* to, int ci, int rows, int pitch, int row_tiles, bool channels_last, Columns k) {
   __shared__ float tile[kTile][kTile + 1];
   const int r0 = blockIdx.x % row_tiles * kTile, i0 = blockIdx.x / row_tiles * kTile;
   const int x = threadIdx.x % 32, y = threadIdx.x / 32;
@@ -50,8 +42,8 @@ __global__ void __launch_bounds__(kThreads) pack_rows(const float* from, uint32_
 // A block packs 64 output channels of one input channel, all taps: -> to [taps, ci, pitch].
 template <bool kStrict>
 __global__ void __launch_bounds__(kThreads)
-    pack_lines(const float* from, uint32_t* to, int ci, int co, int taps, int pitch, bool channels_last) {
-  extern __shared__ float line[];  // [64 * taps]
+    pack_lines(const float* from, float* to, int ci, int co, int taps, int pitch, bool channels_last) {
+  AEUP_DYNAMIC_SHARED(float, line);  // [64 * taps]
   const int i = blockIdx.x, c0 = blockIdx.y * 64, count = co - c0 < 64 ? co - c0 : 64;
   const int wide = pitch - c0 < 64 ? pitch - c0 : 64;
   const int64_t plane = int64_t(taps) * ci * pitch;
@@ -69,13 +61,21 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+FoldedPlace::Form form_of(bool strict) { return strict ? FoldedPlace::tf32_pair : FoldedPlace::tf32; }
+
 }  // namespace
 
 const char* pack_float_forward(const Convolution& c, void* to, int64_t pitch, bool phases, bool strict, void* stream) {
+  if (c.folded()) {
+    const int64_t row = c.co * pitch, all = row * c.kh * c.kw, count = phases ? c.sh * c.sw : 1;
+    FoldedPlace place{form_of(strict), true, 0, count * row, row, 1, pitch, pitch, all};
+    if (phases) place.sh = c.sh, place.sw = c.sw, place.ph = c.ph, place.pw = c.pw;
+    return launch_fold(c, place, to, stream);
+  }
   const Columns k{int(c.co), c.kh, c.kw, phases ? c.sh : 1, phases ? c.sw : 1, phases ? c.ph : 0, phases ? c.pw : 0};
   const int64_t rows = c.co * c.kh * c.kw, row_tiles = ceil_div(rows, kTile), tiles = row_tiles * (pitch / kTile);
   const auto* from = static_cast<const float*>(c.weight);
-  auto* packed = static_cast<uint32_t*>(to);
+  auto* packed = static_cast<float*>(to);
   if (strict)
     AEUP_LAUNCH(pack_rows<true>, tiles, kThreads, 0, stream, from, packed, int(c.ci), int(rows), int(pitch),
                 int(row_tiles), c.weight_channels_last, k);
@@ -87,18 +87,16 @@ const char* pack_float_forward(const Convolution& c, void* to, int64_t pitch, bo
 
 const char* pack_float_gradient(const Convolution& c, void* to, int64_t pitch, bool strict, void* stream) {
   const int taps = c.kh * c.kw;
-  const dim3 grid{unsigned(c.ci), unsigned(ceil_div(pitch, 64))};
-  const auto kernel = strict ? pack_lines<true> : pack_lines<false>;
-  const size_t shared = c.weight_channels_last ? 0 : size_t(64) * taps * 4;
-  if (shared > (48 << 10)) {
-    const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
-    if (e != cudaSuccess) return cudaGetErrorString(e);
+  if (c.folded()) {
+    const int64_t tap = c.ci * pitch;
+    return launch_fold(c, {form_of(strict), false, 0, tap, 0, pitch, 1, pitch, tap * taps}, to, stream);
   }
-  kernel<<<grid, kThreads, shared, static_cast<cudaStream_t>(stream)>>>(
-      static_cast<const float*>(c.weight), static_cast<uint32_t*>(to), int(c.ci), int(c.co), taps, int(pitch),
-      c.weight_channels_last);
-  const cudaError_t e = cudaGetLastError();
-  return e == cudaSuccess ? nullptr : cudaGetErrorString(e);
+  const dim3 grid{unsigned(c.ci), unsigned(ceil_div(pitch, 64))};
+  const size_t shared = c.weight_channels_last ? 0 : size_t(64) * taps * 4;
+  AEUP_LAUNCH((strict ? pack_lines<true> : pack_lines<false>), grid, kThreads, shared, stream,
+              static_cast<const float*>(c.weight), static_cast<float*>(to), int(c.ci), int(c.co), taps, int(pitch),
+              c.weight_channels_last);
+  return nullptr;
 }
 
 }  // namespace aeup

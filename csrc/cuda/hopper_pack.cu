@@ -1,8 +1,8 @@
 // Layout changes in front of and behind the tensor-map kernels: tiles of 64 x 64 through shared memory.
 // Elements are bits: uint16_t or uint32_t.
 #include "cuda/common.cuh"
-#include "cuda/hopper.cuh"
-#include "cuda/hopper.h"
+#include "cuda/fold.h"
+#include "cuda/hopper_pack.h"
 
 namespace aeup {
 namespace {
@@ -66,11 +66,9 @@ const char* launch_transpose(const void* from, void* to, int64_t n, int64_t rows
   if (tiles > kMaxGrid) return "grid too large";
   for (int64_t at = 0; at < n; at += 65535) {
     const int64_t count = n - at < 65535 ? n - at : 65535;
-    transpose<E><<<dim3(unsigned(tiles), unsigned(count)), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-        static_cast<const E*>(from) + at * rows * columns, static_cast<E*>(to) + at * columns * pitch, rows, columns,
-        pitch, row_tiles);
-    const cudaError_t e = cudaGetLastError();
-    if (e != cudaSuccess) return cudaGetErrorString(e);
+    AEUP_LAUNCH(transpose<E>, dim3(unsigned(tiles), unsigned(count)), kThreads, 0, stream,
+                static_cast<const E*>(from) + at * rows * columns, static_cast<E*>(to) + at * columns * pitch, rows,
+                columns, pitch, row_tiles);
   }
   return nullptr;
 }
@@ -90,7 +88,7 @@ __global__ void __launch_bounds__(kThreads) pad(const E* from, E* to, int64_t ro
 __global__ void __launch_bounds__(kThreads)
     pack(const uint16_t* from, uint16_t* to, int ci, int co, int taps, int padded, bool channels_last) {
   let_next_start();
-  extern __shared__ uint16_t line[];  // [64 * taps]
+  AEUP_DYNAMIC_SHARED(uint16_t, line);  // [64 * taps]
   const int i = blockIdx.x, c0 = blockIdx.y * 64;
   const int count = co - c0 < 64 ? co - c0 : 64, wide = padded - c0 < 64 ? padded - c0 : 64;
   if (channels_last) {
@@ -151,18 +149,23 @@ const char* pad_channels(const void* from, void* to, int64_t rows, int64_t c, in
   return nullptr;
 }
 
-const char* pack_weight(const void* from, void* to, int64_t ci, int64_t co, int64_t taps, int64_t padded,
-                        bool channels_last, void* stream) {
-  const dim3 grid{unsigned(ci), unsigned(ceil_div(padded, 64))};
-  pack<<<grid, kThreads, 64 * taps * 2, static_cast<cudaStream_t>(stream)>>>(
-      static_cast<const uint16_t*>(from), static_cast<uint16_t*>(to), int(ci), int(co), int(taps), int(padded),
-      channels_last);
-  const cudaError_t e = cudaGetLastError();
-  return e == cudaSuccess ? nullptr : cudaGetErrorString(e);
+const char* pack_weight(const Convolution& c, void* to, void* stream) {
+  const int64_t taps = int64_t(c.kh) * c.kw, padded = round_up(c.co, 8);
+  if (c.folded())
+    return launch_fold(c, {FoldedPlace::plain, false, 0, c.ci * padded, 0, padded, 1, padded}, to, stream);
+  const dim3 grid{unsigned(c.ci), unsigned(ceil_div(padded, 64))};
+  AEUP_LAUNCH(pack, grid, kThreads, 64 * taps * 2, stream, static_cast<const uint16_t*>(c.weight),
+              static_cast<uint16_t*>(to), int(c.ci), int(c.co), int(taps), int(padded), c.weight_channels_last);
+  return nullptr;
 }
 
 const char* pack_phases(const Convolution& c, void* to, void* stream) {
-  const int pitch = int(round_up(c.sh * c.sw * c.co, 8));
+  const int phases = c.sh * c.sw, pitch = int(round_up(phases * c.co, 8));
+  if (c.folded()) {
+    FoldedPlace place{FoldedPlace::plain, false, 0, c.ci * pitch, c.co, pitch, 1, pitch - (phases - 1) * c.co};
+    place.sh = c.sh, place.sw = c.sw, place.ph = c.ph, place.pw = c.pw;
+    return launch_fold(c, place, to, stream);
+  }
   const int64_t blocks = ceil_div(int64_t(c.kh / c.sh) * (c.kw / c.sw) * c.ci * pitch, kThreads);
   AEUP_LAUNCH(gather_phases, blocks < 4096 ? blocks : 4096, kThreads, 0, stream, static_cast<const uint16_t*>(c.weight),
               static_cast<uint16_t*>(to), int(c.ci), int(c.co), c.kh, c.kw, c.sh, c.sw, c.ph, c.pw, pitch,

@@ -2,6 +2,7 @@
 // are input channels, columns are (tap, 64 output channels) boxes side by side, both operands are read through tensor
 // maps with the pixels as the slow dimension. The pixels are split into ranges, whose float32 partial sums a second
 // kernel adds in fixed order: the same bits on every run.
+#include "cuda/fold.h"
 #include "cuda/hopper.h"
 #include "cuda/hopper_gemm.cuh"
 
@@ -212,11 +213,11 @@ template <class T>
 const char* run_all(const Params& p, const Convolution& c, int bn, void* stream) {
   const char* error = bn == 256 ? run<T, 256>(p, stream) : bn == 128 ? run<T, 128>(p, stream) : run<T, 64>(p, stream);
   if (error || p.direct) return error;
+  if (c.folded()) return launch_fold_back(c, p.partial, p.splits, c.co, c.ci * c.co, stream);
   const dim3 grid{unsigned(c.ci), unsigned(ceil_div(c.co, 64))};
-  add_partials<<<grid, kSumThreads, c.weight_channels_last ? 0 : p.taps * 65 * 4, static_cast<cudaStream_t>(stream)>>>(
-      p.partial, static_cast<T*>(c.result), p.splits, p.taps, p.ci, p.co, c.weight_channels_last);
-  const cudaError_t e = cudaGetLastError();
-  return e == cudaSuccess ? nullptr : cudaGetErrorString(e);
+  AEUP_LAUNCH(add_partials<T>, grid, kSumThreads, c.weight_channels_last ? 0 : p.taps * 65 * 4, stream, p.partial,
+              static_cast<T*>(c.result), p.splits, p.taps, p.ci, p.co, c.weight_channels_last);
+  return nullptr;
 }
 
 }  // namespace
@@ -251,7 +252,7 @@ const char* hopper_weight_gradient(const Convolution& c, const void* x, const vo
       if (const char* e = make_map(map, c.dtype, first, 4, size, stride + 1, box)) return e;
     }
   p.partial = static_cast<float*>(workspace);
-  p.direct = plan.splits == 1 && c.weight_channels_last && c.co % 2 == 0 ? c.result : nullptr;
+  p.direct = plan.splits == 1 && c.weight_channels_last && c.co % 2 == 0 && !c.folded() ? c.result : nullptr;
   p.ci = int(c.ci), p.co = int(c.co), p.taps = c.kh * c.kw;
   p.co_boxes = int(ceil_div(c.co, 64));
   p.row_blocks = plan.row_blocks, p.column_blocks = plan.column_blocks, p.splits = plan.splits;

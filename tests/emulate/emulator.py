@@ -17,7 +17,7 @@ DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 
 
 def build(directory, flags=("-O0",)) -> Path:
     """Compile csrc/cuda/*.cu as C++ into one shared library in ``directory`` and return its path. The Hopper kernels
-    stay out: their units (tensor maps, wgmma) are not emulated."""
+    stay out, but for those that pack: their units (tensor maps, wgmma) are not emulated."""
     include = ["-I", str(CSRC), "-I", str(CSRC / "cuda"), "-I", str(HERE)]
     base = [
         os.environ.get("CXX", "g++"),
@@ -28,7 +28,7 @@ def build(directory, flags=("-O0",)) -> Path:
         *flags,
         *include,
     ]
-    sources = [s for s in sorted((CSRC / "cuda").glob("*.cu")) if not s.name.startswith("hopper")]
+    sources = [s for s in sorted((CSRC / "cuda").glob("*.cu")) if not s.name.startswith("hopper") or "pack" in s.name]
     sources += sorted(HERE.glob("*.cpp"))
     sources.sort(key=lambda s: -s.stat().st_size)
     objects = [Path(directory) / (s.name + ".o") for s in sources]

@@ -1,6 +1,6 @@
 // ctypes entry points of the emulated convolution kernels (see emulator_convolution.py).
 #include "conv_launch.h"
-#include "cuda_on_host.h"
+#include "device.h"
 
 namespace aeup {
 // The Hopper kernels are written for units that are not emulated.
@@ -14,8 +14,6 @@ const ConvolutionFamily kHopperFloatConvolution = not_emulated("hopper_float");
 }  // namespace aeup
 
 namespace {
-std::string reply;
-
 // size: n ci co ih iw oh ow kh kw sh sw ph pw dh dw groups; how: pass dtype channels_last weight_channels_last tf32
 // activation.
 aeup::Convolution describe(const int64_t* size, const int* how, double slope) {
@@ -30,44 +28,11 @@ aeup::Convolution describe(const int64_t* size, const int* how, double slope) {
   c.slope = float(slope);
   return c;
 }
-int64_t bytes_of(aeup::DType t) {
-  static const int element[] = {4, 8, 2, 2, 1};
-  return element[static_cast<int>(t)];
-}
-struct Device {  // the buffers that kernels may touch
-  std::vector<uint64_t> workspace;
-  std::vector<std::vector<uint8_t>> stores;
-  void* at = nullptr;
-
-  explicit Device(int64_t bytes) : workspace(size_t(bytes + 255) / 8 + 34, ~0ull) {
-    aeup::emu::machine.buffers.clear();
-    stores.reserve(4);
-    if (!bytes) return;
-    at = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(workspace.data()) + 255) / 256 * 256);
-    const char* w = static_cast<const char*>(at);
-    aeup::emu::machine.buffers.push_back({w, w + bytes, true, nullptr});
-  }
-  void reads(const void* p, int64_t bytes) {
-    const char* a = static_cast<const char*>(p);
-    if (a) aeup::emu::machine.buffers.push_back({a, a + bytes, false, nullptr});
-  }
-  void writes(const void* p, int64_t bytes) {
-    const char* a = static_cast<const char*>(p);
-    if (!a) return;
-    stores.emplace_back(size_t(bytes), 0);
-    aeup::emu::machine.buffers.push_back({a, a + bytes, true, &stores.back()});
-  }
-  const char* all_stored() const {
-    for (const auto& s : stores)
-      for (size_t i = 0; i < s.size(); ++i)
-        if (s[i] != 1) {
-          reply = "byte " + std::to_string(i) + " of the result was not stored";
-          return reply.c_str();
-        }
-    return nullptr;
-  }
-};
 }  // namespace
+
+using emulated::bytes_of;
+using emulated::Device;
+using emulated::reply;
 
 extern "C" {
 // Returns null, or what went wrong: a refusal, a bad access, or an element stored not exactly once.
