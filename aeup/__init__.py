@@ -1,9 +1,20 @@
 """aeup: fast, exact upsampling for PyTorch decoders."""
 
 from aeup.backends import BackendError, backend, explain, get_backend, set_backend
+from aeup.checkerboard import checkerboard
 from aeup.decoder import Decoder
-from aeup.functional import conv_transpose2d, interpolate
-from aeup.nn import ConvTranspose2d, Upsample, UpsamplingBilinear2d, UpsamplingNearest2d
+from aeup.functional import conv_transpose2d, interpolate, upsample_conv2d
+from aeup.intercept import intercept
+from aeup.nn import (
+    ConvTranspose2d,
+    Upsample,
+    UpsampleConv2d,
+    UpsamplingBilinear2d,
+    UpsamplingNearest2d,
+    icnr_,
+    to_conv_transpose,
+)
+from aeup.swap import swap, unswap
 
 __version__ = "0.1.0"
 __all__ = [
@@ -11,12 +22,20 @@ __all__ = [
     "ConvTranspose2d",
     "Decoder",
     "Upsample",
+    "UpsampleConv2d",
     "UpsamplingBilinear2d",
     "UpsamplingNearest2d",
     "backend",
+    "checkerboard",
     "conv_transpose2d",
     "explain",
     "get_backend",
+    "icnr_",
+    "intercept",
     "interpolate",
     "set_backend",
+    "swap",
+    "to_conv_transpose",
+    "unswap",
+    "upsample_conv2d",
 ]

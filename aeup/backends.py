@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 NAMES = ("cuda", "triton", "cpu", "torch")
-_ORDER = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
+# "auto" takes the first that serves. "composed", where an op has it, is made of other ops and cannot be asked for.
+_ORDER = {"cpu": ("cpu", "composed", "torch"), "cuda": ("cuda", "triton", "composed", "torch")}
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +34,11 @@ class Kernel:
 class Op:
     name: str
     kernels: dict[str, Kernel] = field(default_factory=dict)
+    order: dict[str, tuple[str, ...]] = field(init=False)  # by device: what "auto" tries, in turn
+
+    def __post_init__(self) -> None:
+        order = {device: tuple(n for n in names if n in self.kernels) for device, names in _ORDER.items()}
+        object.__setattr__(self, "order", order)
 
 
 class BackendError(RuntimeError):
@@ -85,7 +91,7 @@ def choose(op: Op, src: torch.Tensor, args: tuple, name: str | None = None) -> K
         if reason:
             raise BackendError(f"{op.name}: backend {name!r} cannot serve this call: {reason}")
         return kernel
-    for candidate in _ORDER["cpu"] if src.is_cpu else _ORDER.get(src.device.type, ("torch",)):
+    for candidate in op.order["cpu"] if src.is_cpu else op.order.get(src.device.type, ("torch",)):
         kernel = op.kernels[candidate]
         if kernel.passes(*args) is None:
             return kernel
@@ -141,7 +147,7 @@ def _on_meta(x):
 
 def _explained(op: Op, device: torch.device, args: tuple, call: str) -> Choice:
     name = get_backend()
-    order = _ORDER.get(device.type, ("torch",)) if name == "auto" else (name,)
+    order = op.order.get(device.type, ("torch",)) if name == "auto" else (name,)
     reasons = {n: (k.passes if name == "auto" else k.refuses)(*args) for n, k in op.kernels.items()}
     taken = next((n for n in order if reasons[n] is None), None)
     if taken is None:

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from aeup.nn import ConvTranspose2d, Upsample
+from aeup.functional import Activation
+from aeup.nn import ConvTranspose2d, UpsampleConv2d
 
 UPSAMPLE = ("nearest", "bilinear", "bicubic", "conv_transpose")
 NORM = ("batch", "group", None)
@@ -22,6 +23,7 @@ ACTIVATION: dict[str, Callable[[], nn.Module]] = {
     "elu": nn.ELU,
     "tanh": nn.Tanh,
 }
+_FUSED = {"relu": "relu", "leaky_relu": ("leaky_relu", 0.2), "silu": "silu", "gelu": "gelu", "tanh": "tanh"}
 
 
 def make_norm(norm: str | None, channels: int) -> nn.Module:
@@ -78,9 +80,9 @@ class Decoder(nn.Module):
     exactly that size: 28 with two stages goes 7 -> 14 -> 28, and 30 goes 8 -> 15 -> 30.
 
     ``upsample="nearest" | "bilinear" | "bicubic"`` is the resize-convolution of Odena et al.
-    (distill.pub/2016/deconv-checkerboard): ``aeup.Upsample``, then ``torch.nn.Conv2d``; a fused kernel will take the
-    place of the pair. ``"conv_transpose"`` is ``aeup.ConvTranspose2d`` with stride 2 and the even kernel
-    ``kernel_size + 1``, so that every output pixel is reached by equally many taps.
+    (distill.pub/2016/deconv-checkerboard), as one op: ``aeup.UpsampleConv2d``. ``"conv_transpose"`` is
+    ``aeup.ConvTranspose2d`` with stride 2 and the even kernel ``kernel_size + 1``, so that every output pixel is
+    reached by equally many taps. Without a norm the activation is part of the op, where it has it.
 
     Args:
         channels: widths from the start map to the last hidden map, at least two.
@@ -141,8 +143,10 @@ class Decoder(nn.Module):
         self.stages = nn.ModuleList()
         for i, (c_in, c_out) in enumerate(zip(self.channels, self.channels[1:], strict=False)):
             target = self.sizes[i + 1] if self.sizes is not None else None
-            enlarge = self._enlarge(c_in, c_out, target, kernel_size, bias=norm is None)
-            self.stages.append(nn.Sequential(*enlarge, make_norm(norm, c_out), make_activation(activation)))
+            fused = _FUSED.get(activation) if norm is None and isinstance(activation, str) else None
+            enlarge = self._enlarge(c_in, c_out, target, kernel_size, norm is None, fused)
+            after = nn.Identity() if fused else make_activation(activation)
+            self.stages.append(nn.Sequential(enlarge, make_norm(norm, c_out), after))
         self.to_image = nn.Conv2d(self.channels[-1], out_channels, kernel_size, padding=kernel_size // 2)
         self.head = {"sigmoid": nn.Sigmoid, "tanh": nn.Tanh, None: nn.Identity}[head]()
 
@@ -162,15 +166,20 @@ class Decoder(nn.Module):
             sizes.insert(0, ((h + 1) // 2, (w + 1) // 2))
         return sizes
 
-    def _enlarge(self, c_in: int, c_out: int, target: tuple[int, int] | None, k: int, bias: bool) -> list[nn.Module]:
+    def _enlarge(
+        self, c_in: int, c_out: int, target: tuple[int, int] | None, k: int, bias: bool, activation: Activation
+    ) -> nn.Module:
         if self.upsample != "conv_transpose":
-            size = {"size": target} if target is not None else {"scale_factor": 2.0}
-            conv = nn.Conv2d(c_in, c_out, k, padding=k // 2, bias=bias)
-            return [Upsample(**size, mode=self.upsample), conv]
+            size = {"scale_factor": 2.0} if target is None else {"size": target}
+            return UpsampleConv2d(
+                c_in, c_out, k, mode=self.upsample, padding=k // 2, bias=bias, activation=activation, **size
+            )
         # An odd target 2i - 1 is the map to 2i without its first row: padding one larger, output_padding 1.
         odd = (0, 0) if target is None else (target[0] % 2, target[1] % 2)
         padding = (k // 2 + odd[0], k // 2 + odd[1])
-        return [ConvTranspose2d(c_in, c_out, k + 1, stride=2, padding=padding, output_padding=odd, bias=bias)]
+        return ConvTranspose2d(
+            c_in, c_out, k + 1, stride=2, padding=padding, output_padding=odd, bias=bias, activation=activation
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.latent_dim is not None:

@@ -9,12 +9,15 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
 from aeup.backends import note_torch
-from aeup.ops import conv_transpose2d as _conv
-from aeup.ops.conv_kernels import ACTIVATIONS, activate
 from aeup.ops.conv_shapes import Geometry, geometry, int_pair
-from aeup.ops.interpolate import MODES, Map, resample
+from aeup.ops.conv_transpose2d import conv_transpose2d as _conv_transpose2d
+from aeup.ops.epilogue import ACTIVATIONS, activate
+from aeup.ops.interpolate import MODES, Map, reference, resample
+from aeup.ops.maps import autocast_to, memory_format
+from aeup.ops.upsample_conv2d import upsample_conv2d as _upsample_conv2d
+from aeup.ops.upsample_conv_shapes import UpsampleGeometry, upsample_geometry
 
-__all__ = ["conv_transpose2d", "interpolate"]
+__all__ = ["conv_transpose2d", "interpolate", "upsample_conv2d"]
 
 Activation = str | tuple[str, float] | None
 
@@ -206,7 +209,7 @@ def conv_transpose2d(
         return F.conv_transpose2d(input, weight, bias)  # raises
     x, w, b, device = input, weight, bias, input.device
     if torch._C._is_any_autocast_enabled() and _autocast_runs(device.type):
-        x, w, b = _conv.autocast_to(device.type, x, w, b)
+        x, w, b = autocast_to(device.type, x, w, b)
     dtype, g = x.dtype, None
     if (
         dtype in _FLOATS
@@ -220,8 +223,8 @@ def conv_transpose2d(
         arguments = {"stride": stride, "padding": padding, "output_padding": output_padding, "dilation": dilation}
         return _conv_by_torch(input, weight, bias, {**arguments, "groups": groups}, name, slope)
     if x.dim() == 3:
-        return _conv.conv_transpose2d(x.unsqueeze(0), w, b, g, name, slope).squeeze(0)
-    return _conv.conv_transpose2d(x, w, b, g, name, slope)
+        return _conv_transpose2d(x.unsqueeze(0), w, b, g, name, slope).squeeze(0)
+    return _conv_transpose2d(x, w, b, g, name, slope)
 
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -295,3 +298,137 @@ def _conv_by_torch(input, weight, bias, arguments: dict, activation: str | None,
     reason = "serves dense float64, float32, float16 or bfloat16 tensors of one dtype and device, with output pixels"
     note_torch("aeup.conv_transpose2d", f"{list(input.shape)}, {input.dtype}", reason)
     return activate(y, activation, slope)
+
+
+def upsample_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scale_factor: float | tuple[float, float] | None = 2,
+    mode: str = "nearest",
+    align_corners: bool | None = None,
+    padding: int | tuple[int, int] | str = 0,
+    groups: int = 1,
+    activation: Activation = None,
+    size: int | tuple[int, int] | None = None,
+) -> Tensor:
+    """Upsampling, the convolution after it and an activation, as one op that never writes the upsampled tensor:
+    ``activation(F.conv2d(F.interpolate(input, size, scale_factor, mode, align_corners), weight, bias, 1, padding, 1,
+    groups))``.
+
+    Nearest by whole scales is one transposed convolution with the folded weight, exact at the borders: for scale 2 and
+    a 3x3 kernel 16 products per input pixel in place of 36. Other modes and scales resample a tile at a time.
+    float64, float32, float16 and bfloat16, NCHW and channels-last; dtype and memory format are kept. Under autocast it
+    runs in autocast's dtype, as torch's convolution (torch's interpolate alone may go to float32). Gradients of any
+    order. Other dtypes go to torch; :func:`aeup.explain` says so.
+
+    Args:
+        input: [N, C_in, H, W]; N may be 0.
+        weight: [C_out, C_in / groups, kH, kW], as torch.nn.Conv2d's.
+        bias: [C_out].
+        scale_factor, size, mode, align_corners: as :func:`aeup.interpolate`; a `size` (oh, ow) of the upsampled map
+            takes the place of the default scale_factor.
+        padding: zeros around the upsampled map: an int, a pair for (H, W), "valid" (none) or "same" (output of the
+            upsampled map's size).
+        activation: "relu", "leaky_relu" (slope 0.01; ("leaky_relu", 0.2) for another), "silu", "gelu" (exact), "tanh",
+            "sigmoid" or None.
+
+    Returns:
+        [N, C_out, uh + 2 * padding - kH + 1, uw + 2 * padding - kW + 1], (uh, uw) the size of the upsampled map.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices that do not go together, or arguments out of range.
+        TypeError: an argument of a wrong type.
+        ValueError: an unknown `mode`, `padding` or `activation`; both or neither of `size` and `scale_factor`.
+
+    Source: resize-convolution: Odena et al., 2016, "Deconvolution and checkerboard artifacts", Distill.
+    """
+    if has_torch_function_variadic(input, weight, bias):
+        return handle_torch_function(
+            upsample_conv2d, (input, weight, bias), input, weight, bias, scale_factor=scale_factor, mode=mode,
+            align_corners=align_corners, padding=padding, groups=groups, activation=activation, size=size,
+        )  # fmt: skip
+    name, slope = (
+        (activation, 0.01) if activation is None or activation in ACTIVATIONS else parse_activation(activation)
+    )
+    for what, t in (("input", input), ("weight", weight), ("bias", bias)):
+        if not isinstance(t, Tensor) and (t is not None or what != "bias"):
+            raise TypeError(f"aeup.upsample_conv2d: {what} must be a Tensor, got {type(t).__name__}")
+    x, w, b, device = input, weight, bias, input.device
+    if torch._C._is_any_autocast_enabled() and _autocast_runs(device.type):
+        x, w, b = autocast_to(device.type, x, w, b)
+    options = (size, scale_factor, mode, align_corners, padding, groups)
+    try:
+        if torch.compiler.is_compiling() or not (type(padding) is str or _plain(padding)) or type(groups) is not int:
+            g, crop = _upsample_geometry(x.shape, w.shape, None, *options)
+        else:
+            types = type(size) is tuple and tuple(map(type, size))
+            g, crop = _cached_upsample_geometry(x.shape, w.shape, types, *options)
+    except TypeError:  # no hash (a list, a symbolic size), or an argument that is refused
+        g, crop = _upsample_geometry(x.shape, w.shape, None, *options)
+    if b is not None and b.shape != (g.co,):
+        raise RuntimeError(f"aeup.upsample_conv2d: expected bias to be [{g.co}], got {list(b.shape)}")
+    for what, t in (("weight", w), ("bias", b)):
+        if t is not None and (t.dtype is not x.dtype or t.device != device):
+            raise RuntimeError(
+                f"aeup.upsample_conv2d: input and {what} should be of one dtype and device, got {x.dtype} on {device} "
+                f"and {t.dtype} on {t.device}"
+            )
+    if x.dtype not in _FLOATS or x.layout is not torch.strided or w.layout is not torch.strided:
+        reason = "serves dense float64, float32, float16 or bfloat16 tensors"
+        note_torch("aeup.upsample_conv2d", f"{list(x.shape)}, {x.dtype}", reason)
+        y = activate(F.conv2d(reference(x, g.m, False), w, b, 1, g.padding, 1, groups), name, slope)
+    else:
+        y = _upsample_conv2d(x, w, b, g, name, slope)
+    if crop == (0, 0):
+        return y
+    return y[:, :, crop[0] :, crop[1] :].contiguous(memory_format=memory_format(x, w))
+
+
+def upsample_geometry_of(x_shape, w_shape, scale_factor, mode, padding, groups) -> tuple[UpsampleGeometry, tuple]:
+    """The geometry of :func:`upsample_conv2d`, and the rows and columns that "same" leaves out at the top and left."""
+    return _upsample_geometry(x_shape, w_shape, None, None, scale_factor, mode, None, padding, groups)
+
+
+def check_upsampling(size, scale_factor, mode, align_corners) -> None:
+    """Raises the error that :func:`upsample_conv2d` would raise of these arguments on any input."""
+    _upsample_geometry((1, 1, 2**24, 2**24), (1, 1, 1, 1), None, size, scale_factor, mode, align_corners, 0, 1)
+
+
+def _upsample_geometry(x_shape, w_shape, types, size, scale_factor, mode, align_corners, padding, groups):
+    """The geometry, and the rows and columns to leave out at the top and left ("same" with an even kernel)."""
+    name = "aeup.upsample_conv2d"
+    if mode not in MODES:
+        raise ValueError(f"{name}: mode must be one of {', '.join(MODES)}; got {mode!r}")
+    if len(x_shape) != 4:
+        raise RuntimeError(f"{name}: expected a 4-D input [N, C, H, W], got shape {list(x_shape)}")
+    if x_shape[1] == 0:
+        raise RuntimeError(f"{name}: expected an input with channels, got shape {list(x_shape)}")
+    if len(w_shape) != 4:
+        raise RuntimeError(
+            f"{name}: expected a 4-D weight [out_channels, in_channels / groups, kH, kW], got shape {list(w_shape)}"
+        )
+    if size is not None and scale_factor == 2:
+        scale_factor = None
+    m = _map(tuple(x_shape[2:]), size, scale_factor, mode, align_corners, None, False)
+    crop = (0, 0)
+    if padding == "valid":
+        pads = (0, 0)
+    elif padding == "same":
+        pads = w_shape[2] // 2, w_shape[3] // 2
+        crop = 1 - w_shape[2] % 2, 1 - w_shape[3] % 2
+    elif isinstance(padding, str):
+        raise ValueError(f"{name}: padding must be an int, a pair of ints, 'same' or 'valid'; got {padding!r}")
+    else:
+        pads = int_pair(padding)
+        if pads is None:
+            raise TypeError(f"{name}: padding must be an int, a pair of ints, 'same' or 'valid'; got {padding!r}")
+    if isinstance(groups, bool) or not isinstance(groups, int):
+        raise TypeError(f"{name}: groups must be an int, got {groups!r}")
+    return upsample_geometry(name, m, x_shape[1], w_shape, *pads, groups), crop
+
+
+@lru_cache(1024, typed=True)
+def _cached_upsample_geometry(*arguments) -> tuple[UpsampleGeometry, tuple]:
+    return _upsample_geometry(*arguments)

@@ -1,10 +1,34 @@
 """torch.nn's upsampling modules on aeup's kernels: subclasses with the same constructors and state_dict keys."""
 
+import math
+from collections.abc import Callable
+
+import torch
 from torch import Tensor, nn
 
-from aeup.functional import Activation, conv_transpose2d, interpolate, parse_activation
+from aeup.backends import note_torch
+from aeup.functional import (
+    Activation,
+    check_upsampling,
+    conv_transpose2d,
+    interpolate,
+    parse_activation,
+    upsample_conv2d,
+    upsample_geometry_of,
+)
+from aeup.ops.epilogue import activate
+from aeup.ops.upsample_conv_cpu import fold_weight
+from aeup.ops.upsample_conv_shapes import fold
 
-__all__ = ["ConvTranspose2d", "Upsample", "UpsamplingBilinear2d", "UpsamplingNearest2d"]
+__all__ = [
+    "ConvTranspose2d",
+    "Upsample",
+    "UpsampleConv2d",
+    "UpsamplingBilinear2d",
+    "UpsamplingNearest2d",
+    "icnr_",
+    "to_conv_transpose",
+]
 
 
 class Upsample(nn.Upsample):
@@ -68,3 +92,176 @@ class ConvTranspose2d(nn.ConvTranspose2d):
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (f", activation={self.activation!r}" if self.activation else "")
+
+
+class UpsampleConv2d(nn.Module):
+    """``nn.Sequential(nn.Upsample(size, scale_factor, mode, align_corners), nn.Conv2d(...))`` and an activation by
+    :func:`aeup.upsample_conv2d`: the upsampled tensor is never written.
+
+    ``conv`` holds the parameters: the keys are "conv.weight" and "conv.bias", and the Sequential's ("1.weight",
+    "1.bias") load too. A `padding_mode` other than "zeros" runs as :func:`aeup.interpolate`, ``F.pad`` and
+    ``F.conv2d``, one after the other.
+
+    Shapes: [N, in_channels, H, W] -> [N, out_channels, uh + 2 * padding - kH + 1, uw + 2 * padding - kW + 1], where
+    (uh, uw) is `size`, or floor((H, W) * scale_factor).
+
+    Args:
+        in_channels, out_channels, kernel_size, padding, groups, bias, padding_mode, device, dtype: as torch.nn.Conv2d;
+            `padding` may be "same" or "valid".
+        scale_factor, mode, align_corners: as torch.nn.Upsample; a `size` takes the place of the default scale_factor.
+        activation: as :func:`aeup.upsample_conv2d`.
+
+    Raises:
+        ValueError, TypeError: an argument that torch.nn.Conv2d, torch.nn.functional.interpolate or
+            :func:`aeup.upsample_conv2d` refuses.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        scale_factor: float | tuple[float, float] | None = 2,
+        mode: str = "nearest",
+        align_corners: bool | None = None,
+        padding: int | tuple[int, int] | str = 0,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        size: int | tuple[int, int] | None = None,
+        activation: Activation = None,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        check_upsampling(size, scale_factor, mode, align_corners)
+        if activation is not None:
+            parse_activation(activation)
+        self.size = size
+        self.scale_factor = None if size is not None else scale_factor
+        self.mode, self.align_corners, self.activation = mode, align_corners, activation
+        self.conv = nn.Conv2d(
+            in_channels, out_channels, kernel_size, 1, padding, 1, groups, bias, padding_mode, device, dtype
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        conv = self.conv
+        if conv.padding_mode != "zeros":
+            return self._padded(input)
+        return upsample_conv2d(
+            input, conv.weight, conv.bias, scale_factor=self.scale_factor, mode=self.mode,
+            align_corners=self.align_corners, padding=conv.padding, groups=conv.groups, activation=self.activation,
+            size=self.size,
+        )  # fmt: skip
+
+    def _padded(self, input: Tensor) -> Tensor:
+        reason = f"pads the upsampled map with zeros; padding_mode is {self.conv.padding_mode!r}"
+        note_torch("aeup.upsample_conv2d", f"{list(input.shape)}, {self.extra_repr()}", reason)
+        u = interpolate(input, self.size, self.scale_factor, self.mode, self.align_corners)
+        y = self.conv._conv_forward(u, self.conv.weight, self.conv.bias)
+        return activate(y, *parse_activation(self.activation)) if self.activation else y
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        for name in ("weight", "bias"):  # of nn.Sequential(nn.Upsample(...), nn.Conv2d(...))
+            if f"{prefix}1.{name}" in state_dict and f"{prefix}conv.{name}" not in state_dict:
+                state_dict[f"{prefix}conv.{name}"] = state_dict.pop(f"{prefix}1.{name}")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        text = f"size={self.size}" if self.size is not None else f"scale_factor={self.scale_factor}"
+        text += f", mode={self.mode!r}"
+        text += f", align_corners={self.align_corners}" if self.align_corners is not None else ""
+        return text + (f", activation={self.activation!r}" if self.activation else "")
+
+
+def to_conv_transpose(upsample_conv: UpsampleConv2d) -> ConvTranspose2d:
+    """The transposed convolution that computes the same, borders included, for nearest by a whole scale and zero
+    padding: kernel k + scale - 1, stride scale, padding k - 1 - p. Its weight is a new parameter.
+
+    Raises:
+        TypeError: not an UpsampleConv2d.
+        ValueError: another mode, a scale_factor that is not a whole number (or a `size`), another padding_mode.
+    """
+    if not isinstance(upsample_conv, UpsampleConv2d):
+        raise TypeError(f"upsample_conv must be an aeup.UpsampleConv2d, got {type(upsample_conv).__name__}")
+    m, conv = upsample_conv, upsample_conv.conv
+    if not m.mode.startswith("nearest") or m.scale_factor is None or conv.padding_mode != "zeros":
+        raise ValueError(
+            "only nearest by a scale_factor with zero padding is a transposed convolution, got "
+            f"{m.extra_repr()}, padding_mode={conv.padding_mode!r}"
+        )
+    scale = m.scale_factor if isinstance(m.scale_factor, (tuple, list)) else (m.scale_factor,) * 2
+    if any(s != int(s) or s < 1 for s in scale):
+        raise ValueError(f"scale_factor must be a whole number, got {m.scale_factor}")
+    side = 8  # any input: the weights of whole repetitions do not depend on its size
+    g, crop = upsample_geometry_of(
+        (1, conv.in_channels, side, side), conv.weight.shape, m.scale_factor, m.mode, conv.padding, conv.groups
+    )
+    f = fold(g)
+    if f is None or any(c and s == 1 for c, s in zip(crop, f.g.stride, strict=True)):
+        raise ValueError(f"scale_factor={m.scale_factor} with padding={conv.padding!r} has no transposed convolution")
+    # A row left out at the top only: padding one larger, and output_padding for the bottom.
+    padding = tuple(p + c for p, c in zip(f.g.padding, crop, strict=True))
+    made = ConvTranspose2d(
+        conv.in_channels, conv.out_channels, (f.g.kh, f.g.kw), f.g.stride, padding, crop, conv.groups,
+        conv.bias is not None, activation=m.activation, device=conv.weight.device, dtype=conv.weight.dtype,
+    )  # fmt: skip
+    with torch.no_grad():
+        made.weight.copy_(fold_weight(conv.weight, g, f))
+        if conv.bias is not None:
+            made.bias.copy_(conv.bias)
+    return made.train(m.training)
+
+
+def icnr_(
+    weight: Tensor,
+    scale: int | tuple[int, int],
+    *,
+    transposed: bool = True,
+    groups: int = 1,
+    init: Callable[[Tensor], object] | None = None,
+) -> Tensor:
+    """Initialises, in place, the weight of a learned upsampling so that it starts without checkerboards (ICNR): as a
+    convolution and a nearest resize, which are then free to part. Returns `weight`.
+
+    Args:
+        weight: with `transposed`, a transposed convolution's [C_in, C_out / groups, kH, kW] with stride `scale` and
+            kernels of at least `scale`: it starts as the nearest upsampling by `scale` followed by a convolution with
+            kernel k - scale + 1. Without, a sub-pixel convolution's [C_out * scale^2, C_in / groups, kH, kW] before
+            torch.nn.PixelShuffle(scale): it starts as the convolution followed by the nearest upsampling.
+        scale: the factor, or a pair for (H, W).
+        groups: of the convolution.
+        init: fills a convolution's weight in place; default torch.nn.Conv2d's, uniform within 1 / sqrt(fan_in).
+
+    Raises:
+        ValueError: a weight whose shape does not fit.
+
+    Source: Aitken et al., 2017, "Checkerboard artifact free sub-pixel convolution", arXiv 1707.02937, section 3.2.
+    """
+    sh, sw = scale if isinstance(scale, (tuple, list)) else (scale, scale)
+    if weight.dim() != 4 or min(sh, sw) < 1 or groups < 1:
+        raise ValueError(
+            f"weight must be 4-D, scale and groups at least 1, got {list(weight.shape)}, {scale}, {groups}"
+        )
+    init = init or (lambda w: nn.init.kaiming_uniform_(w, a=math.sqrt(5)))
+    a, b, kh, kw = weight.shape
+    if transposed:
+        if kh < sh or kw < sw or a % groups != 0:
+            raise ValueError(
+                f"weight {list(weight.shape)} of a transposed convolution must have kernels of at least scale={scale} "
+                f"and input channels that groups={groups} divides"
+            )
+        kernel = kh - sh + 1, kw - sw + 1
+        g, _ = upsample_geometry_of((1, a, kh, kw), (b * groups, a // groups, *kernel), (sh, sw), "nearest", 0, groups)
+        drawn = weight.new_empty(g.weight_shape)
+    else:
+        if a % (sh * sw * groups) != 0:
+            raise ValueError(
+                f"weight {list(weight.shape)} must have a multiple of scale^2 * groups = "
+                f"{sh * sw * groups} output channels"
+            )
+        drawn = weight.new_empty((a // (sh * sw), b, kh, kw))
+    with torch.no_grad():
+        init(drawn)
+        weight.copy_(fold_weight(drawn, g, fold(g)) if transposed else drawn.repeat_interleave(sh * sw, 0))
+    return weight

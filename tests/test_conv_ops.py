@@ -356,25 +356,26 @@ def test_bad_input():
 @pytest.mark.parametrize("needs", ((True, True, True), (False, True, True), (True, False, False)))
 def test_gradients_of_the_extension_come_in_one_call(activation, needs, monkeypatch):
     """The compiled operators, played by torch: the arguments that they get and what becomes of their results."""
-    from aeup.ops import conv_kernels
+    from aeup.ops import compiled
+    from aeup.ops.epilogue import ACTIVATIONS, activate, activation_gradient
 
     calls = []
 
     def forward(x, w, b, sh, sw, ph, pw, oph, opw, groups, dh, dw, number, slope, tf32, family):
         y = F.conv_transpose2d(x, w, b, (sh, sw), (ph, pw), (oph, opw), groups, (dh, dw))
-        return conv_kernels.activate(y, (None, *conv_kernels.ACTIVATIONS)[number], slope)
+        return activate(y, (None, *ACTIVATIONS)[number], slope)
 
     def backward(grad, x, w, y, sh, sw, ph, pw, groups, dh, dw, number, slope, tf32, *wanted):
         calls.append(wanted)
-        grad = conv_kernels.activation_gradient(grad, y, (None, *conv_kernels.ACTIVATIONS)[number], slope)
+        grad = activation_gradient(grad, y, (None, *ACTIVATIONS)[number], slope)
         found = torch.ops.aten.convolution_backward.default(
             grad, x, w, [w.shape[1] * groups], (sh, sw), (ph, pw), (dh, dw), True, (1, 0), groups, wanted
         )
         return tuple(grad.new_empty(0) if t is None else t for t in found)
 
     played = {"conv_transpose2d": forward, "conv_transpose2d_backward": backward}
-    monkeypatch.setattr(conv_kernels, "_raw", played.__getitem__)
-    monkeypatch.setattr(conv_kernels, "_cuda_refusal", lambda *args: None)
+    monkeypatch.setattr(compiled, "raw", played.__getitem__)
+    monkeypatch.setattr(compiled, "refusal", lambda *args: None)
     tensors = [torch.randn(s, dtype=torch.float64) for s in ((2, 6, 5, 4), (6, 4, 4, 3), (8,))]
     args = {"stride": (2, 1), "padding": (1, 0), "output_padding": (1, 0), "groups": 2}
 
@@ -386,7 +387,7 @@ def test_gradients_of_the_extension_come_in_one_call(activation, needs, monkeypa
 
     with aeup.backend("cuda"):
         y, got = gradients(lambda *t: aeup.conv_transpose2d(*t, **args, activation=activation))
-    expected_y, expected = gradients(lambda *t: conv_kernels.activate(F.conv_transpose2d(*t, **args), activation, 0.01))
+    expected_y, expected = gradients(lambda *t: activate(F.conv_transpose2d(*t, **args), activation, 0.01))
     assert calls == [needs]
     torch.testing.assert_close(y, expected_y)
     for mine, true, need in zip(got, expected, needs, strict=True):

@@ -67,6 +67,8 @@ def test_activations(activation, dtype):
         check_budget(y, exact[0], theirs[0])
 
 
+ODD = Case("odd-output", (2, 4, 5, 3), (4, 3, 3, 3), {"stride": 2, "padding": 1})
+NARROW = Case("narrower-than-the-stride", (2, 3, 1, 2), (3, 4, 3, 5), {"stride": 2, "padding": (1, 3)})
 WAYS = [
     (LARGE_FEW[0], torch.float32, "merged phases"),
     (LARGE_FEW[1], torch.bfloat16, "merged phases"),
@@ -75,6 +77,8 @@ WAYS = [
     (CASES[11], torch.float32, "bias after"),
     (CASES[17], torch.float32, "bias after"),
     (CASES[15], torch.bfloat16, "bias after"),
+    (ODD, torch.float32, "bias after"),
+    (NARROW, torch.bfloat16, "through float32"),
 ]
 
 
@@ -87,6 +91,18 @@ def test_every_way_of_the_cpu_backend_is_taken(case, dtype, way):
     assert [c.backend for c in choices][0] == "cpu" and choices[0].kernel == way
     assert len(choices) == 3 and "gradient of input" in choices[1].call and "gradient of weight" in choices[2].call
     assert (choices[1].backend == "cpu") == (way == "through float32")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", (ODD, NARROW), ids=str)
+def test_where_onednn_is_slow_or_wrong(case, dtype):
+    for layout, _ in itertools.product(LAYOUTS, range(3)):
+        tensors = case.tensors(dtype, layout)
+        got = run(aeup.conv_transpose2d, case, tensors)
+        exact = run(by_torch, case, [t.double() for t in tensors])
+        for mine, true in zip(got, exact, strict=True):
+            tolerance = 8 * torch.finfo(dtype).eps * max(true.abs().max().item(), 1)
+            torch.testing.assert_close(mine.double(), true, rtol=0, atol=tolerance)
 
 
 def test_torch_serves_the_rest_and_explain_says_why():

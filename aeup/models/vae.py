@@ -6,82 +6,161 @@ through; the decoder gives the logits of p(x|z). Training minimises the negative
 
     -ELBO = -E_q[log p(x|z)] + KL(q(z|x) || N(0, I)),    KL = -1/2 sum_j (1 + log var_j - mu_j^2 - var_j),
 
-with one sample of z for each image. The likelihood is Bernoulli on grey levels: the cross-entropy with targets in
-[0, 1], not binarised. Everything is in nats per image.
+with one sample of z for each image; everything is in nats per image.
+
+Likelihood. bernoulli: the cross-entropy with grey levels in [0, 1] as targets, not binarised. gaussian: x ~ N(y,
+sigma^2 I) with y = sigmoid(logits) and one learnt sigma for all pixels (Rybkin et al., arXiv 2006.13202).
+
+Posterior. gaussian: as above, KL in closed form. flow: z_0 from the Gaussian goes through an inverse autoregressive
+flow (Kingma et al., arXiv 1606.04934; `aeup.models.flow`) whose context the encoder makes. The same sample gives what
+that adds to the KL; as the Gaussian's part stays in closed form, a flow near the identity adds little noise:
+
+    KL(q(z|x) || p) = KL(q(z_0|x) || p) + E[1/2 sum_j (z_j^2 - z_0j^2) - log |det dz/dz_0|].
+
+beta weighs the KL (Higgins et al., beta-VAE, ICLR 2017); with ``kl_warmup`` it grows from 0 to beta over that fraction
+of the training (Bowman et al., arXiv 1511.06349). The importance-weighted estimate of log p(x) is that of Burda et al.,
+arXiv 1509.00519: log 1/K sum_k p(x|z_k) p(z_k) / q(z_k|x), z_k ~ q(z|x); its mean is never above log p(x).
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from aeup.decoder import Decoder
-from aeup.models.encoder import Encoder
+from aeup.decoder import check_int
+from aeup.models.base import Model, check_choice, check_real
+from aeup.models.flow import InverseAutoregressiveFlow
+from aeup.models.networks import Encoder, LatentDecoder, NetworkConfig
+
+LIKELIHOODS = ("bernoulli", "gaussian")
+POSTERIORS = ("gaussian", "flow")
 
 
 @dataclass
-class VAEConfig:
-    image_size: tuple[int, int] = (28, 28)
-    in_channels: int = 1
-    latent_dim: int = 20
-    channels: tuple[int, ...] = (64, 32, 16)  # the decoder's widths; the encoder mirrors them
-    hidden: int = 128  # units of the encoder's linear layer
-    upsample: str = "nearest"
-    norm: str | None = "batch"
-    activation: str = "silu"
+class VAEConfig(NetworkConfig):
+    likelihood: str = "bernoulli"  # bernoulli, gaussian
+    posterior: str = "gaussian"  # gaussian (mean field), flow
+    flow_blocks: int = 2
+    flow_hidden: int = 256  # units of a block's two hidden layers; also the context's length
+    beta: float = 1.0
+    kl_warmup: float = 0.0  # fraction of the training in which beta grows from 0
 
 
-class VAE(nn.Module):
-    """Convolutional VAE with latent vector [N, latent_dim] for images [N, in_channels, H, W] in [0, 1]."""
+class VAE(Model):
+    """VAE with latent vector [N, latent_dim] for images [N, in_channels, H, W] in [0, 1].
+
+    Raises:
+        ValueError, TypeError: an option that is not allowed.
+    """
 
     name = "vae"
     Config = VAEConfig
     objective = "negative_elbo"
+    minimise = {"model": "loss"}
 
     def __init__(self, config: VAEConfig | None = None) -> None:
-        super().__init__()
-        c = self.config = config if config is not None else VAEConfig()
-        self.encoder = Encoder(
-            c.channels, c.in_channels, c.image_size, 2 * c.latent_dim, c.hidden, c.norm, c.activation
-        )
-        self.decoder = Decoder(
-            c.channels, c.in_channels, c.image_size, c.latent_dim, c.upsample, c.norm, c.activation, head=None
-        )
+        super().__init__(config)
+        c = self.config
+        check_choice("likelihood", c.likelihood, LIKELIHOODS)
+        check_choice("posterior", c.posterior, POSTERIORS)
+        check_real("beta", c.beta)
+        check_real("kl_warmup", c.kl_warmup, 0.0, 1.0)
+        check_int("latent_dim", c.latent_dim)
+        check_int("flow_blocks", c.flow_blocks), check_int("flow_hidden", c.flow_hidden)
+        flow = c.posterior == "flow"
+        context = c.flow_hidden if flow else 0
+        self.encoder = Encoder(c, 2 * c.latent_dim + context)
+        self.flow = InverseAutoregressiveFlow(c.latent_dim, context, c.flow_blocks, c.flow_hidden) if flow else None
+        self.decoder = LatentDecoder(c)
+        self.log_sigma = nn.Parameter(torch.tensor(-2.0)) if c.likelihood == "gaussian" else None
+        self.register_buffer("kl_weight", torch.tensor(float(c.beta)), persistent=False)
 
-    def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[N, C, H, W] -> mean and log variance of q(z|x), each [N, latent_dim]."""
-        mu, log_var = self.encoder(x).chunk(2, dim=1)
-        return mu, log_var
+    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[N, C, H, W] -> mean and log variance of the Gaussian, and the flow's context (empty without a flow)."""
+        d = self.config.latent_dim
+        mu, log_var, context = self.encoder(x).to(x.dtype).tensor_split((d, 2 * d), dim=1)
+        return mu, log_var, context
 
-    def decode(self, z: torch.Tensor) -> torch.Tensor:
+    def draw(self, mu: Tensor, log_var: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A sample z [N, latent_dim] of q(z|x), noise from torch's default generator, and log q(z|x) - log p(z) in two
+        parts [N]: that of the Gaussian's sample z_0, and what the flow adds to it (zeros without a flow)."""
+        eps = torch.randn_like(mu)
+        z = z0 = mu + torch.exp(0.5 * log_var) * eps
+        log_ratio = 0.5 * (z0.square() - eps.square() - log_var).sum(1)
+        if self.flow is None:
+            return z, log_ratio, torch.zeros_like(log_ratio)
+        z, log_det = self.flow(z0, context)
+        return z, log_ratio, 0.5 * (z.square() - z0.square()).sum(1) - log_det
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, C, H, W] -> mean and log variance of q(z|x), each [N, latent_dim]. With a flow: the point to which the
+        flow takes the Gaussian's mean, which decodes as a mean does, and the Gaussian's log variance."""
+        mu, log_var, context = self.posterior(x)
+        return mu if self.flow is None else self.flow(mu, context)[0], log_var
+
+    def decode(self, z: Tensor) -> Tensor:
         """Latent [N, latent_dim] -> logits [N, C, H, W]."""
         return self.decoder(z)
 
-    def reparameterise(self, mu: torch.Tensor, log_var: torch.Tensor) -> torch.Tensor:
-        """A sample of N(mu, exp(log_var)) from torch's default generator, differentiable in both."""
-        return mu + torch.exp(0.5 * log_var) * torch.randn_like(mu)
-
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """[N, C, H, W] -> logits [N, C, H, W] of one sample, mean and log variance [N, latent_dim]."""
-        mu, log_var = self.encode(x)
-        return self.decode(self.reparameterise(mu, log_var)), mu, log_var
-
-    def reconstruct(self, x: torch.Tensor) -> torch.Tensor:
-        """[N, C, H, W] -> the mean image in [0, 1] at the posterior's mean."""
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> the mean image in [0, 1] at ``encode(x)``'s mean."""
         return torch.sigmoid(self.decode(self.encode(x)[0]))
 
-    def sample(self, n: int) -> torch.Tensor:
-        """``n`` mean images [n, C, H, W] in [0, 1], decoded from z ~ N(0, I)."""
-        weight = self.decoder.project.weight
-        z = torch.randn(n, self.config.latent_dim, device=weight.device, dtype=weight.dtype)
-        return torch.sigmoid(self.decode(z))
+    def sample(self, n: int) -> Tensor:
+        """`n` mean images [n, C, H, W] in [0, 1], decoded from z ~ N(0, I)."""
+        like = self.like()
+        return torch.sigmoid(self.decode(torch.randn(n, self.config.latent_dim, device=like.device, dtype=like.dtype)))
 
-    def loss(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """``{"reconstruction", "kl", "negative_elbo"}``: scalars, means over the images, in nats per image."""
-        logits, mu, log_var = (t.to(x.dtype) for t in self(x))
-        reconstruction = F.binary_cross_entropy_with_logits(logits, x, reduction="sum") / len(x)
+    def nats(self, logits: Tensor, x: Tensor) -> Tensor:
+        """-log p(x|z) of each pixel, in the shape of `logits`, [..., C, H, W]."""
+        logits = logits.to(x.dtype)
+        if self.log_sigma is None:
+            return F.binary_cross_entropy_with_logits(logits, x.expand_as(logits), reduction="none")
+        error = (x - torch.sigmoid(logits)) * torch.exp(-self.log_sigma)
+        return 0.5 * error.square() + self.log_sigma + 0.5 * math.log(2 * math.pi)
+
+    def loss(self, x: Tensor, target: Tensor | None = None, player: str = "model") -> dict[str, Tensor]:
+        """``loss`` = ``reconstruction`` + beta * ``kl``; ``negative_elbo`` is the same with beta = 1."""
+        mu, log_var, context = self.posterior(x)
+        z, _, added = self.draw(mu, log_var, context)
+        reconstruction = self.nats(self.decode(z), x).sum() / len(x)
         kl = -0.5 * torch.sum(1 + log_var - mu.square() - log_var.exp()) / len(x)
-        return {"reconstruction": reconstruction, "kl": kl, "negative_elbo": reconstruction + kl}
+        if self.flow is not None:
+            kl = kl + added.sum() / len(x)
+        return {
+            "negative_elbo": reconstruction + kl,
+            "reconstruction": reconstruction,
+            "kl": kl,
+            "loss": reconstruction + self.kl_weight.to(kl.dtype) * kl,
+        }
+
+    def set_progress(self, step: int, steps: int) -> None:
+        if self.config.kl_warmup > 0:
+            self.kl_weight.fill_(self.config.beta * min(1.0, (step + 1) / (self.config.kl_warmup * steps)))
+
+    @torch.no_grad()
+    def log_likelihood(self, x: Tensor, samples: int = 1000, chunk: int = 4096) -> Tensor:
+        """The importance-weighted estimate of log p(x), [N], in nats, for images [N, C, H, W].
+
+        Args:
+            samples: K.
+            chunk: how many images are decoded at once, at most.
+        """
+        check_int("samples", samples), check_int("chunk", chunk)
+        parts = [torch.logsumexp(torch.cat([*self._log_weights(rows, samples, chunk)]), 0) for rows in x.split(chunk)]
+        return torch.cat(parts) - math.log(samples)
+
+    def _log_weights(self, x: Tensor, samples: int, chunk: int) -> Iterator[Tensor]:
+        """log p(x, z_k) - log q(z_k|x), [k, N] at a time."""
+        posterior = self.posterior(x)
+        step = max(1, chunk // max(1, len(x)))
+        for done in range(0, samples, step):
+            k = min(step, samples - done)
+            z, log_ratio, added = self.draw(*(t.repeat(k, 1) for t in posterior))
+            logits = self.decode(z).unflatten(0, (k, len(x)))
+            yield -self.nats(logits, x).sum((-3, -2, -1)) - (log_ratio + added).unflatten(0, (k, len(x)))

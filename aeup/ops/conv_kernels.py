@@ -11,54 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aeup import _native
 from aeup.backends import Kernel, Op
+from aeup.ops import compiled, epilogue
 from aeup.ops.conv_choice import why_torch
 from aeup.ops.conv_shapes import Geometry, W, X, Y
+from aeup.ops.epilogue import NUMBER, activate
 
-ACTIVATIONS = ("relu", "leaky_relu", "silu", "gelu", "tanh", "sigmoid")
-_NUMBER = {None: 0, **{name: i for i, name in enumerate(ACTIVATIONS, 1)}}
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _aten = torch.ops.aten
 _LAST = torch.channels_last
 
 
 # --- torch ---
-
-
-def activate(y: Tensor, activation: str | None, slope: float, inplace: bool = False) -> Tensor:
-    """The activation by torch; `inplace`: of a result that nothing else holds."""
-    if activation == "relu":
-        return y.relu_() if inplace else y.relu()
-    if activation == "leaky_relu":
-        return F.leaky_relu(y, slope, inplace)
-    if activation == "silu":
-        return F.silu(y)
-    if activation == "gelu":
-        return F.gelu(y)
-    if activation == "tanh":
-        return y.tanh_() if inplace else y.tanh()
-    if activation == "sigmoid":
-        return y.sigmoid_() if inplace else y.sigmoid()
-    return y
-
-
-def activation_gradient(grad: Tensor, y: Tensor, activation: str | None, slope: float) -> Tensor:
-    """The gradient before the activation, differentiable. `y`: its output, or for silu and gelu its input."""
-    if activation == "relu":
-        return _aten.threshold_backward(grad, y, 0)
-    if activation == "leaky_relu":
-        return _aten.leaky_relu_backward(grad, y, slope, True)
-    if activation == "silu":
-        s = y.sigmoid()  # aten's own gradient has none
-        return grad * s * (1 + y * (1 - s))
-    if activation == "gelu":
-        return _aten.gelu_backward(grad, y)
-    if activation == "tanh":
-        return _aten.tanh_backward(grad, y)
-    if activation == "sigmoid":
-        return _aten.sigmoid_backward(grad, y)
-    return grad
 
 
 def _torch_y(x, w, bias, g: Geometry, activation, slope) -> Tensor:
@@ -68,10 +31,13 @@ def _torch_y(x, w, bias, g: Geometry, activation, slope) -> Tensor:
 
 def convolution_backward(grad, x, w, g: Geometry, needs) -> tuple:
     """torch's gradients of x, w and bias. Of an x or w that is not asked for, only shape and layout are read."""
-    return _aten.convolution_backward.default(
+    # With the bias oneDNN takes up to 5 times as long as without, and a sum.
+    apart = needs[2] and grad.is_cpu
+    dx, dw, bias = _aten.convolution_backward.default(
         grad, x, w, [g.co] if needs[2] else None, g.stride, g.padding, g.dilation, True, g.output_padding, g.groups,
-        needs,
+        (needs[0], needs[1], needs[2] and not apart),
     )  # fmt: skip
+    return dx, dw, grad.sum((0, 2, 3)) if apart else bias
 
 
 def _torch_x(grad, w, g: Geometry) -> Tensor:
@@ -86,11 +52,6 @@ def _torch_w(grad, x, g: Geometry, w) -> Tensor:
     return convolution_backward(grad, x, w, g, [False, True, False])[1]
 
 
-def _torch_epilogue(grad, output, activation, slope, bias):
-    before = activation_gradient(grad, output, activation, slope)
-    return before, before.sum((0, 2, 3)) if bias else grad.new_empty(0)
-
-
 # --- cpu: compositions of torch's operators that are faster than its own kernel for the call ---
 # Measured with oneDNN 3.12 on AVX-512 with bf16: ratios of medians, 2 threads, both layouts.
 
@@ -102,6 +63,8 @@ def _half_is_slow() -> bool:
 
 
 def _by_float32(a: Tensor, g: Geometry) -> bool:
+    if a.dtype is torch.bfloat16 and g.ow < g.sw:
+        return True  # oneDNN's weight gradient reads past the end of a channels-last y that is narrower than the stride
     if a.shape[0] * g.ci * g.ih * g.iw * (g.co // g.groups) * g.kh * g.kw < 1 << 18:
         return False  # so few products that converting costs more
     if a.dtype is torch.float16:
@@ -116,7 +79,7 @@ def _bias_after(x: Tensor, w: Tensor, g: Geometry) -> bool:
     if g.sh * g.sw == 1:
         if x.is_contiguous() and w.is_contiguous():
             return True
-    elif g.dh * g.dw > 1:
+    elif g.dh * g.dw > 1 or g.oh % g.sh or g.ow % g.sw:
         return True
     if g.groups == 1:
         return False
@@ -213,79 +176,47 @@ def _cpu_w(grad, x, g: Geometry, w) -> Tensor:
 # --- cuda: the compiled extension ---
 
 
-@lru_cache(None)
-def _raw(name: str):
-    """A compiled operator, or the reason why there is none."""
-    if _native.missing:
-        return _native.missing
-    if not _native.cuda:
-        return "the extension was built without CUDA"
-    if not hasattr(torch.ops.aeup_native, name):
-        return "the extension has no transposed convolution"
-    return getattr(torch.ops.aeup_native, name).default
-
-
-def _call(name: str, *args):
-    try:
-        return _raw(name)(*args)
-    except RuntimeError as error:
-        _native.raise_if_out_of_memory(error, args[0].device)
-        raise
-
-
-def _tf32(t: Tensor) -> bool:
-    """Whether torch would let cuDNN multiply in tf32: conv.fp32_precision, which the older allow_tf32 also sets."""
-    return t.dtype is torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
-
-
 def _forward_args(g: Geometry) -> tuple:
     return (*g.stride, *g.padding, *g.output_padding, g.groups, *g.dilation)
 
 
 def _cuda_y(x, w, bias, g: Geometry, activation, slope) -> Tensor:
-    return _call("conv_transpose2d", x, w, bias, *_forward_args(g), _NUMBER[activation], slope, _tf32(x), "")
+    return compiled.call(
+        "conv_transpose2d", x, w, bias, *_forward_args(g), NUMBER[activation], slope, compiled.tf32(x), ""
+    )
 
 
 def _cuda_x(grad, w, g: Geometry) -> Tensor:
-    args = (g.ih, g.iw, g.sh, g.sw, g.ph, g.pw, g.groups, g.dh, g.dw, _tf32(grad), "")
-    return _call("conv_transpose2d_input_gradient", grad, w, *args)
+    args = (g.ih, g.iw, g.sh, g.sw, g.ph, g.pw, g.groups, g.dh, g.dw, compiled.tf32(grad), "")
+    return compiled.call("conv_transpose2d_input_gradient", grad, w, *args)
 
 
 def _cuda_w(grad, x, g: Geometry, w) -> Tensor:
     if w is None:
-        layout = _LAST if _either_last(grad, x) else torch.contiguous_format
+        layout = _LAST if compiled.either_last(grad, x) else torch.contiguous_format
         shape = (g.ci, g.co // g.groups, g.kh, g.kw)
         w = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=layout)
-    args = (g.sh, g.sw, g.ph, g.pw, g.groups, g.dh, g.dw, _tf32(grad), "")
-    return _call("conv_transpose2d_weight_gradient", grad, x, w, *args)
+    args = (g.sh, g.sw, g.ph, g.pw, g.groups, g.dh, g.dw, compiled.tf32(grad), "")
+    return compiled.call("conv_transpose2d_weight_gradient", grad, x, w, *args)
 
 
 def _cuda_epilogue(grad, output, activation, slope, bias):
-    return _call("conv_epilogue_gradient", grad, output, _NUMBER[activation], slope, bias)
+    return compiled.call("conv_epilogue_gradient", grad, output, NUMBER[activation], slope, bias)
 
 
 def cuda_backward(grad, x, w, y, g: Geometry, activation, slope, needs) -> tuple:
     """The gradients of x, w and bias that `needs` asks for, else None, in one call of the extension."""
-    args = (*g.stride, *g.padding, g.groups, *g.dilation, _NUMBER[activation], slope, _tf32(grad), *needs)
-    found = _call("conv_transpose2d_backward", grad, x, w, y if activation else None, *args)
+    args = (*g.stride, *g.padding, g.groups, *g.dilation, NUMBER[activation], slope, compiled.tf32(grad), *needs)
+    found = compiled.call("conv_transpose2d_backward", grad, x, w, y if activation else None, *args)
     return tuple(t if need else None for t, need in zip(found, needs, strict=True))
 
 
 def _cuda_refusal(t: Tensor, name: str, g: Geometry | None = None) -> str | None:
-    if not t.is_cuda:
-        return f"the tensor is on {t.device}"
-    if isinstance(_raw(name), str):
-        return _raw(name)
-    if t.dtype not in _FLOATS:
-        return f"dtype {t.dtype} is not one of float32, float64, float16, bfloat16"
-    return "a size is 2^30 or more" if g is not None and max(g[:15]) >= 2**30 else None
+    reason = compiled.refusal(t, name)
+    return reason or ("a size is 2^30 or more" if g is not None and max(g[:15]) >= 2**30 else None)
 
 
 _PASSES = {Y: "forward", X: "input_gradient", W: "weight_gradient"}  # numbered in this order by the extension
-
-
-def _either_last(a: Tensor, b: Tensor) -> bool:
-    return any(t.is_contiguous(memory_format=_LAST) and not t.is_contiguous() for t in (a, b))
 
 
 def _empty_operands(g: Geometry, n: int, dtype: torch.dtype, last: bool) -> tuple[Tensor, Tensor]:
@@ -297,9 +228,8 @@ def _empty_operands(g: Geometry, n: int, dtype: torch.dtype, last: bool) -> tupl
 
 def _families(kind: int, x: Tensor, w: Tensor, g: Geometry, tf32: bool, device) -> str:
     """The family of kernels that would serve, and in brackets why the ones before it would not."""
-    capability = torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (0, 0)
-    number = list(_PASSES).index(kind)
-    return torch.ops.aeup_native.conv_transpose2d_kernel.default(x, w, *_forward_args(g), number, tf32, *capability)
+    args = (list(_PASSES).index(kind), tf32, *compiled.capability(device))
+    return torch.ops.aeup_native.conv_transpose2d_kernel.default(x, w, *_forward_args(g), *args)
 
 
 def _label(kind: int):
@@ -308,7 +238,7 @@ def _label(kind: int):
         last = a.is_contiguous(memory_format=_LAST) and not a.is_contiguous()
         x, w = _empty_operands(g, a.shape[0], a.dtype, last)
         x, w = {Y: (a, b), X: (x, b), W: (b, w)}[kind]
-        return _families(kind, x, w, g, _tf32(a), device)
+        return _families(kind, x, w, g, compiled.tf32(a), device)
 
     return label
 
@@ -326,39 +256,14 @@ def _cuda_yields_to_torch(
 def _cuda_yields(kind: int):
     def yields(a, b, *rest) -> str | None:
         g = rest[1] if kind == Y else rest[0]
-        return _cuda_yields_to_torch(kind, g, a.shape[0], a.dtype, _tf32(a), _either_last(a, b), a.device)
+        return _cuda_yields_to_torch(
+            kind, g, a.shape[0], a.dtype, compiled.tf32(a), compiled.either_last(a, b), a.device
+        )
 
     return yields
 
 
 # --- triton ---
-
-
-@lru_cache(None)
-def _triton():
-    """The Triton kernels, or the reason why there are none."""
-    try:
-        from aeup import kernels
-    except ImportError as error:
-        return f"aeup.kernels cannot be imported: {error}"
-    return kernels if hasattr(kernels, "refuses_convolution") else "aeup.kernels has no transposed convolution"
-
-
-def _triton_kernel(name: str, arguments) -> Kernel:
-    """`arguments` turns a kernel's arguments into those of the public op."""
-
-    def refuses(*args):
-        module = _triton()
-        return module if isinstance(module, str) else module.refuses_convolution(name, *arguments(*args))
-
-    def run(*args):
-        tf32 = {} if name == "conv_epilogue_gradient" else {"tf32": _tf32(args[0])}
-        return getattr(_triton(), name)(*arguments(*args), **tf32)
-
-    def yields(*args):
-        return "not measured against cuDNN yet: ask for it by name"
-
-    return Kernel(run, refuses, yields=yields)
 
 
 def _public_y(x, w, bias, g, activation, slope):
@@ -387,7 +292,7 @@ def _serves(*args) -> None:
 def _map_op(kind: int, name: str, cuda, refuses, cpu, cpu_refuses, reference, public) -> Op:
     kernels = {
         "cuda": Kernel(cuda, refuses, _label(kind), _cuda_yields(kind)),
-        "triton": _triton_kernel(name, public),
+        "triton": compiled.triton_kernel(name, public, "refuses_convolution"),
         "cpu": Kernel(cpu, cpu_refuses, lambda device, *args: _cpu_label(kind, *args)),
         "torch": Kernel(reference, _serves),
     }
@@ -417,8 +322,8 @@ EPILOGUE = Op(
     "aeup.conv_epilogue_gradient",
     {
         "cuda": Kernel(_cuda_epilogue, lambda grad, *_: _cuda_refusal(grad, "conv_epilogue_gradient")),
-        "triton": _triton_kernel("conv_epilogue_gradient", _public_epilogue),
-        "cpu": Kernel(_torch_epilogue, lambda grad, *_: _cpu_refusal(grad, None)),
-        "torch": Kernel(_torch_epilogue, _serves),
+        "triton": compiled.triton_kernel("conv_epilogue_gradient", _public_epilogue, "refuses_convolution"),
+        "cpu": Kernel(epilogue.reference, lambda grad, *_: _cpu_refusal(grad, None)),
+        "torch": Kernel(epilogue.reference, _serves),
     },
 )

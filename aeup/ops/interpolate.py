@@ -245,6 +245,11 @@ def resample(src: Tensor, m: Map) -> Tensor:
     return _resample(src, m, False)
 
 
+def resample_by(backend: str):
+    """The function (src, map, backward) of a resampling or its adjoint by `backend`, differentiable."""
+    return lambda src, m, backward: _resample(src, m, backward, backend)
+
+
 def note_both(src: Tensor, m: Map, backward: bool) -> None:
     """For explain: this call, and its gradient where there is one."""
     shape = f"{list(src.shape)}, {m.mode}" + (", align_corners" if m.align_corners else "")

@@ -1,0 +1,92 @@
+"""The compiled extension and the Triton kernels, as the convolution ops reach them."""
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from aeup import _native
+from aeup.backends import Kernel
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+# --- cuda: the extension ---
+
+
+@lru_cache(None)
+def raw(name: str):
+    """A compiled operator, or the reason why there is none."""
+    if _native.missing:
+        return _native.missing
+    if not _native.cuda:
+        return "the extension was built without CUDA"
+    if not hasattr(torch.ops.aeup_native, name):
+        return f"the extension has no {name}"
+    return getattr(torch.ops.aeup_native, name).default
+
+
+def call(name: str, *args):
+    try:
+        return raw(name)(*args)
+    except RuntimeError as error:
+        _native.raise_if_out_of_memory(error, args[0].device)
+        raise
+
+
+def refusal(t: Tensor, name: str) -> str | None:
+    if not t.is_cuda:
+        return f"the tensor is on {t.device}"
+    operator = raw(name)
+    if isinstance(operator, str):
+        return operator
+    return None if t.dtype in FLOATS else f"dtype {t.dtype} is not one of float32, float64, float16, bfloat16"
+
+
+def tf32(t: Tensor) -> bool:
+    """Whether torch would let cuDNN multiply in tf32: conv.fp32_precision, which the older allow_tf32 also sets."""
+    return t.dtype is torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
+
+
+def capability(device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (0, 0)
+
+
+def is_last(t: Tensor) -> bool:
+    return t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
+
+
+def either_last(a: Tensor, b: Tensor) -> bool:
+    return is_last(a) or is_last(b)
+
+
+# --- triton ---
+
+
+@lru_cache(None)
+def _triton(predicate: str):
+    """The Triton kernels, or the reason why there are none."""
+    try:
+        from aeup import kernels
+    except ImportError as error:
+        return f"aeup.kernels cannot be imported: {error}"
+    return kernels if hasattr(kernels, predicate) else f"aeup.kernels has no {predicate}"
+
+
+def triton_kernel(name: str, arguments: Callable, predicate: str) -> Kernel:
+    """The kernel aeup.kernels.`name`, whose refusals aeup.kernels.`predicate` tells. `arguments` turns a kernel's
+    arguments into those of that function."""
+
+    def refuses(*args):
+        module = _triton(predicate)
+        return module if isinstance(module, str) else getattr(module, predicate)(name, *arguments(*args))
+
+    def run(*args):
+        options = {} if name == "conv_epilogue_gradient" else {"tf32": tf32(args[0])}
+        return getattr(_triton(predicate), name)(*arguments(*args), **options)
+
+    def yields(*args):
+        return "not measured against cuDNN yet: ask for it by name"
+
+    return Kernel(run, refuses, yields=yields)

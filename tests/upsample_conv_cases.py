@@ -1,0 +1,105 @@
+"""The table of upsamplings with a convolution after them: what every implementation is checked on."""
+
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+
+LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+ACTIVATIONS = (None, "relu", ("leaky_relu", 0.2), "silu", "gelu", "tanh", "sigmoid")
+MODES = ("nearest", "nearest-exact", "bilinear", "bicubic")
+
+
+@contextmanager
+def always_folded():
+    """The CPU takes the folded weight wherever it can, however small the call."""
+    from aeup.ops import upsample_conv_cpu as cpu
+
+    with mock.patch.multiple(
+        cpu, _LEAST_PIXELS=0, _LEAST_PRODUCTS=0, _LEAST_PRODUCTS_OF_HALF=0, _folds=lambda *args: True
+    ):
+        yield
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    shape: tuple  # of the input, [N, CI, H, W]
+    weight: tuple  # [CO, CI / groups, kH, kW]
+    kwargs: dict = field(default_factory=dict, hash=False)
+
+    def __str__(self):
+        return self.name
+
+    def tensors(self, dtype, layout="nchw", device="cpu", seed=0):
+        """x, weight, bias and a gradient of the output; the same values in every dtype up to rounding."""
+        g = torch.Generator().manual_seed(seed)
+        fan = self.weight[1] * self.weight[2] * self.weight[3]
+        x = torch.randn(self.shape, generator=g, dtype=torch.float64)
+        w = torch.randn(self.weight, generator=g, dtype=torch.float64) / fan**0.5
+        b = torch.randn(self.weight[0], generator=g, dtype=torch.float64)
+        grad = torch.randn(by_torch(x, w, b, **self.kwargs).shape, generator=g, dtype=torch.float64)
+        x, w, b, grad = (t.to(dtype) for t in (x, w, b, grad))
+        fmt = LAYOUTS[layout]
+        x, w, grad = (t.contiguous(memory_format=fmt) for t in (x, w, grad))
+        return tuple(t.to(device) for t in (x, w, b, grad))
+
+
+SMOOTH = {"padding": 1, "mode": "bilinear"}
+CORNERS = {"scale_factor": 3, "padding": 2, "mode": "bicubic", "align_corners": True}
+CASES = (
+    Case("x2-k3p1", (2, 6, 5, 7), (5, 6, 3, 3), {"padding": 1}),
+    Case("x2-k3p1-exact", (2, 3, 5, 6), (4, 3, 3, 3), {"padding": 1, "mode": "nearest-exact"}),
+    Case("x2-k3p0", (1, 4, 6, 5), (6, 4, 3, 3)),
+    Case("x3-k3p1", (2, 4, 4, 5), (3, 4, 3, 3), {"scale_factor": 3, "padding": 1}),
+    Case("x4-k7p3", (1, 3, 3, 4), (4, 3, 7, 7), {"scale_factor": 4, "padding": 3}),
+    Case("x2-k2p1", (2, 5, 4, 3), (4, 5, 2, 2), {"padding": 1}),
+    Case("x2-k1", (2, 4, 3, 5), (6, 4, 1, 1)),
+    Case("x2-k1p2", (1, 4, 3, 5), (3, 4, 1, 1), {"padding": 2}),
+    Case("x2-k2p3", (2, 3, 4, 4), (5, 3, 2, 2), {"padding": 3}),
+    Case("x3-k4p2", (1, 4, 3, 3), (3, 4, 4, 4), {"scale_factor": 3, "padding": 2}),
+    Case("each-axis", (2, 4, 5, 3), (3, 4, 5, 2), {"scale_factor": (3, 2), "padding": (0, 3)}),
+    Case("one-axis", (2, 4, 5, 3), (3, 4, 3, 3), {"scale_factor": (1, 2), "padding": 1}),
+    Case("from-one-pixel", (3, 8, 1, 1), (4, 8, 3, 3), {"scale_factor": 4, "padding": 1}),
+    Case("one-output-pixel", (2, 3, 1, 2), (4, 3, 2, 4)),
+    Case("groups", (2, 6, 4, 5), (9, 2, 3, 3), {"padding": 1, "groups": 3}),
+    Case("depthwise", (2, 5, 4, 3), (5, 1, 3, 3), {"padding": 1, "groups": 5}),
+    Case("rgb", (2, 16, 9, 7), (3, 16, 3, 3), {"padding": 1}),
+    Case("large-rgb", (2, 64, 32, 33), (3, 64, 3, 3), {"padding": 1}),
+    Case("wide", (1, 40, 6, 5), (36, 40, 3, 3), {"padding": 1}),
+    Case("size", (2, 4, 5, 3), (3, 4, 3, 3), {"size": (10, 9), "padding": 1}),
+    Case("same-size", (1, 4, 5, 3), (3, 4, 3, 3), {"size": (5, 3), "padding": 1}),
+    Case("same", (2, 4, 5, 3), (3, 4, 4, 3), {"padding": "same"}),
+    Case("valid", (2, 4, 5, 3), (3, 4, 4, 3), {"padding": "valid"}),
+    Case("nearest-odd-size", (2, 4, 8, 7), (5, 4, 3, 3), {"size": (15, 11), "padding": 1}),
+    Case("bilinear", (2, 6, 5, 7), (5, 6, 3, 3), {"padding": 1, "mode": "bilinear"}),
+    Case("bilinear-corners", (2, 4, 5, 4), (6, 2, 3, 3), {**SMOOTH, "align_corners": True, "groups": 2}),
+    Case("bilinear-odd-size", (2, 4, 8, 7), (5, 4, 3, 3), {"size": (15, 11), "padding": 1, "mode": "bilinear"}),
+    Case("bilinear-1.7", (1, 4, 6, 5), (3, 4, 2, 5), {**SMOOTH, "scale_factor": (1.7, 2.3), "padding": (1, 3)}),
+    Case("bilinear-down", (1, 4, 9, 8), (3, 4, 3, 3), {"scale_factor": 0.6, "mode": "bilinear"}),
+    Case("bicubic", (2, 6, 5, 7), (5, 6, 3, 3), {"padding": 1, "mode": "bicubic"}),
+    Case("bicubic-x3-corners", (1, 4, 4, 5), (3, 4, 5, 5), CORNERS),
+    Case("bilinear-same", (2, 4, 5, 3), (3, 4, 2, 3), {"padding": "same", "mode": "bilinear"}),
+)
+
+
+def by_torch(
+    x, w, b, activation=None, scale_factor=2, size=None, mode="nearest", align_corners=None, padding=0, groups=1
+):
+    """torch's own operators, one after the other."""
+    u = F.interpolate(x, size, None if size else scale_factor, mode, align_corners)
+    y = F.conv2d(u, w, b, 1, padding, 1, groups)
+    if isinstance(activation, tuple):
+        return F.leaky_relu(y, activation[1])
+    return y if activation is None else getattr(F, activation)(y)
+
+
+def run(fn, case, tensors, activation=None, **more):
+    """Output and gradients of x, weight and bias."""
+    x, w, b, grad = tensors
+    leaves = [t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in (x, w, b)]
+    y = fn(*leaves, **case.kwargs, activation=activation, **more)
+    return y, *torch.autograd.grad(y, leaves, grad)
