@@ -131,12 +131,8 @@ def _of_module(module: nn.Module, stride: tuple[int, int] | None, input: Tensor 
         input = _ones(module)
     elif not isinstance(input, Tensor) or not input.is_floating_point():
         raise TypeError(f"input must be a tensor of floats, got {input!r}")
-    training = [m for m in module.modules() if m.training]
-    try:
-        y = module.eval()(input)
-    finally:
-        for m in training:
-            m.training = True
+    # In float64, and judged at float32: where channels cancel, what float32 rounds away looks like a pattern.
+    y = copy.deepcopy(module).double().eval()(input.double())
     if not isinstance(y, Tensor) or y.dim() != 4:
         raise ValueError(f"the module must give images [N, C, H, W], got {getattr(y, 'shape', type(y))}")
     if stride is None:
@@ -145,7 +141,7 @@ def _of_module(module: nn.Module, stride: tuple[int, int] | None, input: Tensor 
     # Borders of a quarter, but never so much that less than two periods are left.
     border = [max(0, min(n // 4, (n - 2 * s) // 2)) for n, s in zip(size, stride, strict=True)]
     middle = y[..., border[0] : size[0] - border[0], border[1] : size[1] - border[1]]
-    return Checkerboard(stride, _overlap(module, input), **_energy(_as_images(middle), stride))
+    return Checkerboard(stride, _overlap(module, input), **_energy(_as_images(middle), stride, torch.float32))
 
 
 def _ones(module: nn.Module) -> Tensor:
@@ -189,8 +185,9 @@ def _overlap(module: nn.Module, input: Tensor) -> Tensor | None:
     return holder(torch.ones_like(input, dtype=torch.float64))[0, 0].cpu()
 
 
-def _energy(images: Tensor, stride: tuple[int, int]) -> dict[str, object]:
-    """Spectrum and lattice energy of [N, C, H, W], cut to whole periods so that k/stride are frequencies of the DFT."""
+def _energy(images: Tensor, stride: tuple[int, int], exact_to: torch.dtype | None = None) -> dict[str, object]:
+    """Spectrum and lattice energy of [N, C, H, W], cut to whole periods so that k/stride are frequencies of the DFT.
+    A variation below the rounding of `exact_to` (default: the images' dtype) is none."""
     h, w = (n // s * s for n, s in zip(images.shape[2:], stride, strict=True))
     if min(h // stride[0], w // stride[1]) < 2:
         raise ValueError(
@@ -203,7 +200,7 @@ def _energy(images: Tensor, stride: tuple[int, int]) -> dict[str, object]:
     power = torch.fft.fft2((x - x.mean((2, 3), keepdim=True)) / scale).abs().square() / (h * w) ** 2
     power[..., 0, 0] = 0
     total = power.sum((2, 3), keepdim=True)
-    resolution = 4 * torch.finfo(images.dtype).eps
+    resolution = 4 * torch.finfo(exact_to or images.dtype).eps
     share = torch.where(total > resolution**2, power / total, 0.0).mean((0, 1)).cpu()
     u, v = torch.fft.fftfreq(h, dtype=torch.float64), torch.fft.fftfreq(w, dtype=torch.float64)
     radius = torch.hypot(u[:, None], v)

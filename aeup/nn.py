@@ -43,18 +43,12 @@ class Upsample(nn.Upsample):
         )
 
 
-class UpsamplingNearest2d(Upsample):
+class UpsamplingNearest2d(Upsample, nn.UpsamplingNearest2d):
     """:class:`torch.nn.UpsamplingNearest2d` by :func:`aeup.interpolate`."""
 
-    def __init__(self, size=None, scale_factor=None) -> None:
-        super().__init__(size, scale_factor, mode="nearest")
 
-
-class UpsamplingBilinear2d(Upsample):
+class UpsamplingBilinear2d(Upsample, nn.UpsamplingBilinear2d):
     """:class:`torch.nn.UpsamplingBilinear2d` by :func:`aeup.interpolate`: bilinear with ``align_corners=True``."""
-
-    def __init__(self, size=None, scale_factor=None) -> None:
-        super().__init__(size, scale_factor, mode="bilinear", align_corners=True)
 
 
 class ConvTranspose2d(nn.ConvTranspose2d):

@@ -32,7 +32,7 @@ from aeup.train import (
 )
 from aeup.train.checkpoint import load_state, save_model, save_state, write_atomic
 from aeup.train.distributed import World
-from aeup.train.pictures import grid, pairs
+from aeup.train.pictures import grid, stacked
 from aeup.train.step import Step
 
 OPTIONS = dict(channels=(6, 4, 4), hidden=8, latent_dim=3)
@@ -491,11 +491,11 @@ def test_the_readme_examples_run(tmp_path, monkeypatch):
     assert names["image"].shape == (4, 3, 28, 28) and names["images"].shape == (16, 1, 28, 28)
 
 
-def test_grid_and_pairs():
+def test_grid_and_stacked_rows():
     x = torch.arange(4.0).reshape(4, 1, 1, 1).expand(4, 1, 2, 3) / 3
     picture = grid(x, columns=2, zoom=1)
     assert picture.shape == (2 * 4 + 2, 2 * 5 + 2, 1) and picture.dtype == torch.uint8
     assert picture[2:4, 2:5].eq(0).all() and picture[6:8, 7:10].eq(255).all() and picture[0].eq(128).all()
     assert grid(x, columns=4).shape[1] == 4 * (3 * 18 + 2) + 2
-    order = pairs(x, x + 10, columns=2)[:, 0, 0, 0] * 3
+    order = stacked(2, x, x + 10)[:, 0, 0, 0] * 3
     torch.testing.assert_close(order, torch.tensor([0.0, 1, 30, 31, 2, 3, 32, 33]))

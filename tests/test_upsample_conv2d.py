@@ -189,7 +189,7 @@ def test_backends_and_explain():
     choices = aeup.explain(aeup.upsample_conv2d, x, w[:16], b[:16])  # the forward is not faster folded
     assert choices[0].kernel == "interpolate, then conv2d; gradients by the folded weight"
     choices = aeup.explain(aeup.upsample_conv2d, x[:, :8], w[:, :8], b)
-    assert [c.backend for c in choices] == ["cpu", "cpu", "composed"] and "is faster with" in choices[2].others["cpu"]
+    assert [c.backend for c in choices] == ["cpu", "cpu", "composed"] and "is faster for" in choices[2].others["cpu"]
     choices = aeup.explain(aeup.upsample_conv2d, x[:1, :, :9, :9], w, b)
     assert [c.backend for c in choices] == ["composed"] * 3 and "81 input pixels and" in choices[0].others["cpu"]
     for name, says in (("cpu", "nearest by whole scales"), ("cuda", "on cpu"), ("triton", "CUDA tensor")):

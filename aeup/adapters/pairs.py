@@ -13,15 +13,6 @@ from aeup import nn as aeup_nn
 from aeup.functional import Activation, conv_transpose2d, interpolate
 from aeup.ops.interpolate import MODES
 
-
-class UpsamplingNearest2d(aeup_nn.Upsample, nn.UpsamplingNearest2d):
-    """What a torch.nn.UpsamplingNearest2d becomes, which it still is."""
-
-
-class UpsamplingBilinear2d(aeup_nn.Upsample, nn.UpsamplingBilinear2d):
-    """What a torch.nn.UpsamplingBilinear2d becomes, which it still is."""
-
-
 TRANSPOSED = (nn.ConvTranspose2d, aeup_nn.ConvTranspose2d)
 UPSAMPLES = (
     nn.Upsample,
@@ -30,8 +21,6 @@ UPSAMPLES = (
     aeup_nn.Upsample,
     aeup_nn.UpsamplingNearest2d,
     aeup_nn.UpsamplingBilinear2d,
-    UpsamplingNearest2d,
-    UpsamplingBilinear2d,
 )
 _STARTS = frozenset((*TRANSPOSED, *UPSAMPLES))  # of a pair
 _ACTIVATIONS = {nn.ReLU: "relu", nn.SiLU: "silu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}

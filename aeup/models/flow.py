@@ -1,14 +1,16 @@
 """Inverse autoregressive flow over masked autoencoders.
 
-D. P. Kingma et al., Improving Variational Inference with Inverse Autoregressive Flow, arXiv 1606.04934, section 3 and
-algorithm 1; M. Germain et al., MADE: Masked Autoencoder for Distribution Estimation, arXiv 1502.03509.
+D. P. Kingma et al., Improving Variational Inference with Inverse Autoregressive Flow, arXiv 1606.04934, section 3,
+equation 10; M. Germain et al., MADE: Masked Autoencoder for Distribution Estimation, arXiv 1502.03509.
 
 One block takes z to
 
-    z' = g * z + (1 - g) * m,    g = sigmoid(s),    (m, s) = MADE(z, context),
+    z' = exp(s) * z + m,    (m, s) = MADE(z, context),
 
-where m_i and s_i depend only on the components of z before i in the block's order. So dz'/dz is triangular with g on
-the diagonal, and log |det dz'/dz| = sum_i log g_i. Every second block has the order reversed.
+where m_i and s_i depend only on the components of z before i in the block's order. So dz'/dz is triangular with exp(s)
+on the diagonal, and log |det dz'/dz| = sum_i s_i. Every second block has the order reversed. The last layer of each
+MADE starts at zero, so that the flow starts as the identity. (The paper's gated form, g * z + (1 - g) * m, starts by
+shrinking z and with little gradient for m; on digits that lost latent dimensions for good.)
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aeup.decoder import check_int
+
+LARGEST = 3.0  # |s| stays below: no exp overflows
 
 
 class MaskedLinear(nn.Linear):
@@ -68,14 +72,14 @@ class InverseAutoregressiveFlow(nn.Module):
         for name, value in (("dim", dim), ("context", context), ("blocks", blocks), ("hidden", hidden)):
             check_int(name, value)
         self.blocks = nn.ModuleList(MADE(dim, hidden, context, reverse=i % 2 == 1) for i in range(blocks))
-        for block in self.blocks:  # g near 1: each block starts near the identity
-            nn.init.constant_(block.output.bias[dim:], 2.0)
+        for block in self.blocks:
+            nn.init.zeros_(block.output.weight), nn.init.zeros_(block.output.bias)
 
     def forward(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         log_det = z.new_zeros(z.shape[0])
         for block in self.blocks:
             m, s = (t.to(z.dtype) for t in block(z, context))
-            g = torch.sigmoid(s)
-            z = g * z + (1 - g) * m
-            log_det = log_det + F.logsigmoid(s).sum(1)
+            s = LARGEST * torch.tanh(s / LARGEST)
+            z = torch.exp(s) * z + m
+            log_det = log_det + s.sum(1)
         return z, log_det

@@ -46,7 +46,7 @@ class VAEConfig(NetworkConfig):
     likelihood: str = "bernoulli"  # bernoulli, gaussian
     posterior: str = "gaussian"  # gaussian (mean field), flow
     flow_blocks: int = 2
-    flow_hidden: int = 256  # units of a block's two hidden layers; also the context's length
+    flow_hidden: int = 128  # units of a block's two hidden layers; also the context's length
     beta: float = 1.0
     kl_warmup: float = 0.0  # fraction of the training in which beta grows from 0
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from aeup.backends import choose
 from aeup.ops import conv_kernels as conv
-from aeup.ops.compiled import FLOATS, is_last
+from aeup.ops.compiled import FLOATS, either_last, is_last
 from aeup.ops.conv_shapes import Geometry, W, X, Y
 from aeup.ops.upsample_conv_plain import BY_AEUP, LABEL
 from aeup.ops.upsample_conv_shapes import Fold, UpsampleGeometry, fold
@@ -47,7 +47,7 @@ def fold_weight(w: Tensor, g: UpsampleGeometry, f: Fold) -> Tensor:
 
 
 def unfold_gradient(folded: Tensor, g: UpsampleGeometry, f: Fold) -> Tensor:
-    """The transposed map: [ci, co / groups, Kh, Kw] -> [co, ci / groups, kh, kw]; sums are rounded once."""
+    """The transposed map: [ci, co / groups, Kh, Kw] -> [co, ci / groups, kh, kw], a view; sums are rounded once."""
     exact = torch.float32 if folded.dtype is torch.float16 else folded.dtype  # half matrices are slow without AMX
     sums = folded.reshape(-1, f.g.kh * f.g.kw).to(exact) @ _taken(g.kernel_size, f.g.stride, f.extra, exact).T
     taps = sums.view(g.groups, g.ci // g.groups, g.co // g.groups, g.kh * g.kw).transpose(1, 2)
@@ -78,7 +78,9 @@ def cpu_x(grad, w, g: UpsampleGeometry) -> Tensor:
 def cpu_w(grad, x, g: UpsampleGeometry, w) -> Tensor:
     f = fold(g)
     args = (grad, x, f.g, None)
-    return unfold_gradient(_chosen(W, *args).run(*args), g, f)
+    last = either_last(grad, x) if w is None else is_last(w)
+    gradient = unfold_gradient(_chosen(W, *args).run(*args), g, f)
+    return gradient.contiguous(memory_format=_LAST if last else torch.contiguous_format)
 
 
 # --- which calls. Measured with oneDNN 3.12 on AVX-512 with bf16: ratios of processor time, both layouts. ---

@@ -65,11 +65,6 @@ def stacked(columns: int, *rows: Tensor) -> Tensor:
     return torch.cat([part for group in zip(*parts, strict=True) for part in group])
 
 
-def pairs(originals: Tensor, reconstructions: Tensor, columns: int) -> Tensor:
-    """Rows of originals with the rows of their reconstructions below them: [2N, C, H, W]."""
-    return stacked(columns, originals, reconstructions)
-
-
 def overlay(images: Tensor, labels: Tensor, opacity: float = 0.8) -> Tensor:
     """Images [N, 1 or 3, H, W] in [0, 1] tinted by their labels, int64 [N, H, W]: RGB [N, 3, H, W].
 
