@@ -133,7 +133,7 @@ def _poison(case: Case, parts: Sequence[Part], s: Settings) -> None:
     _ = [torch.full(shape, math.nan, dtype=case.torch_dtype, device=s.device) for shape in shapes]
 
 
-def _bind(fn: Callable[..., Tensor], direction: str, inputs: Sequence[Tensor]) -> Callable[[Tensor], object]:
+def bind(fn: Callable[..., Tensor], direction: str, inputs: Sequence[Tensor]) -> Callable[[Tensor], object]:
     """`fn` of what changes from call to call: the first input (forward) or the output's gradient (backward)."""
     if direction == "backward":
         return autograd_backward(fn, inputs)
@@ -141,7 +141,7 @@ def _bind(fn: Callable[..., Tensor], direction: str, inputs: Sequence[Tensor]) -
     return (lambda x: fn(x, *rest)) if rest else fn
 
 
-def _results(out: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def results(out: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return out if isinstance(out, tuple) else (out,)
 
 
@@ -157,7 +157,7 @@ def _measure(case: Case, direction: str, peers: Sequence[Peer], s: Settings, mac
     problem = case.problem(s.device, s.seed)
     parts, inputs = problem.parts(direction), problem.inputs
     given = inputs[0] if direction == "forward" else problem.grad
-    gate = Gate(case, direction, parts, _results(_bind(case.torch(), direction, inputs)(given)))
+    gate = Gate(case, direction, parts, results(bind(case.torch(), direction, inputs)(given)))
     rotated = [given] + [given.clone() for _ in range(_rotation(given.nbytes, s) - 1)]
     calls: dict[str, Call] = {}
     for peer in sorted(peers, key=lambda peer: not peer.is_torch):  # torch first: it sets the budget
@@ -170,9 +170,9 @@ def _measure(case: Case, direction: str, peers: Sequence[Peer], s: Settings, mac
                 own = tuple(peer.adapt(case, x) for x in inputs)
                 own_rotated = [peer.adapt(case, x) for x in rotated]
                 made = peer.make(case)
-                fn = _bind(made, direction, own)
+                fn = bind(made, direction, own)
                 _poison(case, parts, s)
-                out = _results(fn(own_rotated[0]))
+                out = results(fn(own_rotated[0]))
                 if peer.is_torch:
                     gate.widen(out)
                 result.checks = gate.check(out, keep_layout=peer.subject)
