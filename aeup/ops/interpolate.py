@@ -50,8 +50,11 @@ def reference(src: Tensor, m: Map, backward: bool) -> Tensor:
 
 
 @lru_cache(4096)
-def _native_args(m: Map) -> tuple:
-    return (*m[:4], _MODE_NUMBER[m.mode], m.align_corners, m.antialias, m.scale_h or 0.0, m.scale_w or 0.0)
+def _native_args(m: Map, cpu: bool) -> tuple:
+    scale_h, scale_w = m.scale_h or 0.0, m.scale_w or 0.0
+    if cpu and m.antialias:  # torch on the CPU leaves an axis of unchanged size as it is; on a GPU the scale counts
+        scale_h, scale_w = scale_h if m.ih != m.oh else 0.0, scale_w if m.iw != m.ow else 0.0
+    return (*m[:4], _MODE_NUMBER[m.mode], m.align_corners, m.antialias, scale_h, scale_w)
 
 
 _native_op = None if _native.missing else torch.ops.aeup_native.interpolate.default
@@ -59,14 +62,16 @@ _native_op = None if _native.missing else torch.ops.aeup_native.interpolate.defa
 
 def _native_run(src: Tensor, m: Map, backward: bool) -> Tensor:
     try:
-        return _native_op(src, *_native_args(m), backward)
+        return _native_op(src, *_native_args(m, src.is_cpu), backward)
     except RuntimeError as error:
         _native.raise_if_out_of_memory(error, src.device)
         raise
 
 
 def _native_label(device: torch.device, src: Tensor, m: Map, backward: bool) -> str:
-    return torch.ops.aeup_native.interpolate_kernel.default(src, *_native_args(m), backward, device.type == "cuda")
+    return torch.ops.aeup_native.interpolate_kernel.default(
+        src, *_native_args(m, device.type == "cpu"), backward, device.type == "cuda"
+    )
 
 
 def _dtype_refusal(src: Tensor, backward: bool, byte_modes: tuple[str, ...], mode: str) -> str | None:
