@@ -51,6 +51,18 @@ class Case:
     def forward(self, x, w, bias=None):
         return F.conv_transpose2d(x, w, bias, output_padding=self.extra, **self.how)
 
+    def results(self, x, w, bias, grad, dtype):
+        """In float64: the output, the input's gradient and the weight's."""
+        y = self.forward(x, w, bias)
+        return y.detach(), *torch.autograd.grad(y, (x, w), grad)
+
+    def terms(self, output):
+        """The products in a sum of each of them."""
+        taps, (n, ci, h, w) = math.prod(self.kernel), self.input
+        return taps * ci, taps * self.co, n * h * w
+
+    run = staticmethod(run)
+
 
 SLOPE = 0.0625
 
@@ -89,24 +101,23 @@ def check(
     x, w = tensor(case.input, dtype, nhwc, offset), tensor(case.weight, dtype, weight_nhwc, offset)
     b = tensor((1, case.co, 1, 1), dtype).flatten() if bias else None
     x64, w64 = x.double().requires_grad_(), w.double().requires_grad_()
-    y = case.forward(x64, w64, b.double() if bias else None)
-    grad = tensor(tuple(y.shape), dtype, nhwc, offset)
-    shapes = (case.input, case.weight, tuple(y.shape))
-    how = dict(shapes=shapes, channels_last=nhwc, weight_channels_last=weight_nhwc, tf32=tf32, **case.how)
-    gx, gw = torch.autograd.grad(y, (x64, w64), grad.double())
-    taps = math.prod(case.kernel)
-    if FORWARD in passes:
-        got = tensor(tuple(y.shape), dtype, nhwc, offset, fill=math.nan)
-        run(emulated, family, FORWARD, got, input=x, weight=w, bias=b, activation=activation, slope=SLOPE, **how)
-        close(got, activate(y.detach(), activation), dtype, taps * case.input[1], tf32)
-    if INPUT_GRADIENT in passes:
-        got = tensor(case.input, dtype, nhwc, offset, fill=math.nan)
-        run(emulated, family, INPUT_GRADIENT, got, weight=w, grad=grad, **how)
-        close(got, gx, dtype, taps * case.co, tf32)
-    if WEIGHT_GRADIENT in passes:
-        got = tensor(case.weight, dtype, weight_nhwc, offset, fill=math.nan)
-        run(emulated, family, WEIGHT_GRADIENT, got, input=x, grad=grad, **how)
-        close(got, gw, dtype, case.input[0] * math.prod(case.input[2:]), tf32)
+    b64 = b.double() if bias else None
+    output = tuple(case.forward(x64, w64, b64).shape)
+    grad = tensor(output, dtype, nhwc, offset)
+    y, gx, gw = case.results(x64, w64, b64, grad.double(), dtype)
+    given = (
+        dict(input=x, weight=w, bias=b, activation=activation, slope=SLOPE),
+        dict(weight=w, grad=grad),
+        dict(input=x, grad=grad),
+    )
+    how = dict(shapes=(case.input, case.weight, output), tf32=tf32, **case.how)
+    how.update(channels_last=nhwc, weight_channels_last=weight_nhwc)
+    wants, terms = (activate(y, activation), gx, gw), case.terms(output)
+    for which in passes:
+        layout = weight_nhwc if which == WEIGHT_GRADIENT else nhwc
+        got = tensor(tuple(wants[which].shape), dtype, layout, offset, fill=math.nan)
+        case.run(emulated, family, which, got, **given[which], **how)
+        close(got, wants[which], dtype, terms[which], tf32)
 
 
 GENERIC = [

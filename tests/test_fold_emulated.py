@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from emulate.emulator import emulated, tensor  # noqa: F401
-from emulate.emulator_convolution import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT
+from emulate.emulator import emulated  # noqa: F401
+from emulate.emulator_convolution import FORWARD
 from emulate.emulator_fold import fold_map, pack, run
-from test_conv_emulated import BF16, F16, F32, F64, LAYOUTS, SLOPE, activate, close
+from test_conv_emulated import BF16, F16, F32, F64, LAYOUTS, check
 
 from aeup import _native
 
@@ -60,6 +60,10 @@ class Case:
     def weight(self):
         return (self.co, self.input[1] // self.groups, *self.kernel)
 
+    @property
+    def how(self):
+        return dict(scale=self.scale, padding=self.padding, groups=self.groups)
+
     def forward(self, x, w, bias=None):
         up = x.repeat_interleave(self.scale[0], 2).repeat_interleave(self.scale[1], 3)
         return F.conv2d(up, w, bias, 1, self.padding, 1, self.groups)
@@ -80,48 +84,22 @@ class Case:
     def transposed(self, x, folded, paddings, bias=None):
         return F.conv_transpose2d(x, folded, bias, self.scale, paddings, 0, self.groups)
 
+    def results(self, x, w, bias, grad, dtype):
+        """In float64: the output, the input's gradient and the weight's; the sums of weights are rounded to the dtype
+        before anything is multiplied."""
+        y = self.forward(x, w, bias)
+        (gw,) = torch.autograd.grad(y, w, grad)
+        folded, paddings = self.folded(w.detach())
+        torch.testing.assert_close(self.transposed(x, folded, paddings, bias), y)
+        y = self.transposed(x, folded.to(dtype).double(), paddings, bias)
+        return y.detach(), *torch.autograd.grad(y, x, grad), gw
 
-def check(
-    emulated,  # noqa: F811
-    case,
-    dtype,
-    nhwc,
-    weight_nhwc,
-    family,
-    passes=(FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT),
-    activation="none",
-    offset=0,
-    tf32=False,
-):
-    torch.manual_seed(0)
-    x, w = tensor(case.input, dtype, nhwc, offset), tensor(case.weight, dtype, weight_nhwc, offset)
-    b = tensor((1, case.co, 1, 1), dtype).flatten()
-    x64, w64 = x.double().requires_grad_(), w.double().requires_grad_()
-    y = case.forward(x64, w64, b.double())
-    grad = tensor(tuple(y.shape), dtype, nhwc, offset)
-    _, gw = torch.autograd.grad(y, (x64, w64), grad.double())
-    # The sums of weights are rounded to the dtype before anything is multiplied.
-    folded, paddings = case.folded(w.double())
-    torch.testing.assert_close(case.transposed(x64, folded, paddings, b.double()), y)
-    rounded = folded.to(dtype).double()
-    y = case.transposed(x64, rounded, paddings, b.double())
-    (gx,) = torch.autograd.grad(y, x64, grad.double())
+    def terms(self, output):
+        """The products in a sum of each of them."""
+        taps, (n, _, h, w) = math.prod(self.kernel), output
+        return taps * self.input[1], taps * math.prod(self.scale) * self.co, n * h * w
 
-    how = dict(shape=case.input, co=case.co, kernel=case.kernel, scale=case.scale, padding=case.padding)
-    how.update(groups=case.groups, channels_last=nhwc, weight_channels_last=weight_nhwc, tf32=tf32)
-    taps = math.prod(case.kernel)
-    if FORWARD in passes:
-        got = tensor(tuple(y.shape), dtype, nhwc, offset, fill=math.nan)
-        run(emulated, family, FORWARD, got, input=x, weight=w, bias=b, activation=activation, slope=SLOPE, **how)
-        close(got, activate(y.detach(), activation), dtype, taps * case.input[1], tf32)
-    if INPUT_GRADIENT in passes:
-        got = tensor(case.input, dtype, nhwc, offset, fill=math.nan)
-        run(emulated, family, INPUT_GRADIENT, got, weight=w, grad=grad, **how)
-        close(got, gx, dtype, taps * math.prod(case.scale) * case.co, tf32)
-    if WEIGHT_GRADIENT in passes:
-        got = tensor(case.weight, dtype, weight_nhwc, offset, fill=math.nan)
-        run(emulated, family, WEIGHT_GRADIENT, got, input=x, grad=grad, **how)
-        close(got, gw, dtype, math.prod(y.shape) // case.co, tf32)
+    run = staticmethod(run)
 
 
 GENERIC = [

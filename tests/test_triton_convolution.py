@@ -1,33 +1,19 @@
 """The Triton kernels of the transposed convolution against torch in float64: on a GPU for real, elsewhere in Triton's
-interpreter, in a process of its own (as in test_triton_interpolate.py)."""
+interpreter (see triton_interpreter.py)."""
 
 import importlib
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import LAYOUTS, check_budget
+from triton_cases import ConvCase, random
+from triton_interpreter import DEVICE, INTERPRETED, MARKS, check_in_the_interpreter, poison, select_tests  # noqa: F401
 
-pytest.importorskip("triton")
-pytestmark = [  # the interpreter's own, on conversions and on infinities
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:triton"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
-]
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-HERE = INTERPRETED or torch.cuda.is_available()
-DEVICE = "cpu" if INTERPRETED else "cuda"
+pytestmark = MARKS
 
 host = importlib.import_module("aeup.kernels.convolution")
 plans = importlib.import_module("aeup.kernels.convolution_plans")
-
-if INTERPRETED:
-    from triton_interpreter import patch_language_once
-
-    patch_language_once()
 
 # (n, ci, co), input size, kernel, stride, padding, output padding, dilation, groups
 GEOMETRIES = {
@@ -62,25 +48,7 @@ ACTIVATIONS = {
 HALF = (torch.bfloat16, torch.float16)
 
 
-@pytest.fixture(autouse=True)
-def poison(monkeypatch):
-    """Fresh memory, the results' and the scratch buffers', holds NaN."""
-    real = torch.empty
-
-    def empty(*args, **kwargs):
-        out = real(*args, **kwargs)
-        return out.fill_(torch.nan) if out.dtype.is_floating_point else out
-
-    monkeypatch.setattr(torch, "empty", empty)
-
-
-def random(shape, dtype, layout, seed):
-    g = torch.Generator().manual_seed(seed)
-    x = torch.randn(shape, generator=g, dtype=torch.float64).to(dtype)
-    return x.contiguous(memory_format=LAYOUTS[layout]) if x.ndim == 4 else x
-
-
-class Case:
+class Case(ConvCase):
     """Tensors of one geometry, and torch's results in float64 and in the type itself."""
 
     def __init__(self, geometry, dtype, layout, weight_layout=None):
@@ -95,15 +63,12 @@ class Case:
         self.reference += self.gradients(torch.float64)
         self.own = self.torch(dtype, "relu", 0.0) + self.gradients(dtype)
 
-    def torch(self, dtype, activation, slope):
-        b = None if self.b is None else self.b.to(dtype)
-        args = (self.stride, self.padding, self.output_padding, self.groups, self.dilation)
-        return (ACTIVATIONS[activation](F.conv_transpose2d(self.x.to(dtype), self.w.to(dtype), b, *args), slope),)
+    def linear(self, x, w, b=None):
+        return F.conv_transpose2d(x, w, b, self.stride, self.padding, self.output_padding, self.groups, self.dilation)
 
-    def gradients(self, dtype):
-        x, w = (t.to(dtype, copy=True).requires_grad_() for t in (self.x, self.w))
-        y = F.conv_transpose2d(x, w, None, self.stride, self.padding, self.output_padding, self.groups, self.dilation)
-        return torch.autograd.grad(y, (x, w), self.grad.to(dtype))
+    def torch(self, dtype, activation, slope):
+        x, w, b = (None if t is None else t.to(dtype) for t in (self.x, self.w, self.b))
+        return (ACTIVATIONS[activation](self.linear(x, w, b), slope),)
 
     def forward(self, activation="relu", slope=0.01, **kwargs):
         x, w, b = (None if t is None else t.to(DEVICE) for t in (self.x, self.w, self.b))
@@ -117,14 +82,6 @@ class Case:
     def weight_gradient(self, **kwargs):
         args = (self.kernel, self.stride, self.padding, self.groups, self.dilation)
         return host.conv_transpose2d_weight_gradient(self.grad.to(DEVICE), self.x.to(DEVICE), *args, **kwargs).cpu()
-
-    def check(self, **kwargs):
-        got = self.forward(**kwargs), self.input_gradient(**kwargs), self.weight_gradient(**kwargs)
-        for name, a, reference, own in zip(("y", "dx", "dw"), got, self.reference, self.own, strict=True):
-            assert a.dtype == self.dtype, name
-            if min(*self.x.shape[1:], *self.w.shape[1:]) > 1:  # with a size of 1 the layout is ambiguous
-                assert a.is_contiguous(memory_format=LAYOUTS[self.layout]), name
-            check_budget(a, reference, own, floor_ulps=4)  # the interpreter truncates to bfloat16: 1 ulp
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -145,21 +102,14 @@ def test_dtypes(geometry, dtype):
 def test_tf32(layout):
     """tf32 keeps 10 bits of each factor."""
     case = Case("k4s2", torch.float32, layout)
-    got = case.forward(tf32=True), case.input_gradient(tf32=True), case.weight_gradient(tf32=True)
-    for a, reference in zip(got, case.reference, strict=True):
+    for a, reference in zip(case.results(tf32=True), case.reference, strict=True):
         assert (a - reference).abs().max() <= 4e-3 * reference.abs().max()
 
 
 def test_mixed_layouts():
-    """A contiguous weight with a channels-last input, packed or read in place; and the reverse, which torch makes
-    channels-last as well."""
-    case = Case("k4s2", torch.float32, "nhwc", "nchw")
-    check_budget(case.forward(), case.reference[0], case.own[0], floor_ulps=4)
-    check_budget(case.input_gradient(), case.reference[1], case.own[1], floor_ulps=4)
-    case = Case("k4s2", torch.float32, "nchw", "nhwc")
-    for got, reference, own in zip((case.forward(), case.input_gradient()), case.reference, case.own, strict=False):
-        assert got.is_contiguous(memory_format=torch.channels_last)
-        check_budget(got, reference, own, floor_ulps=4)
+    """A contiguous weight with a channels-last input, packed or read in place; and the reverse."""
+    for layouts in (("nhwc", "nchw"), ("nchw", "nhwc")):
+        Case("k4s2", torch.float32, *layouts).check_mixed_layouts()
 
 
 @pytest.fixture
@@ -282,7 +232,7 @@ def test_nan_and_infinity():
 def test_views():
     """Offset, strided and expanded tensors."""
     case = Case("k4s2", torch.float32, "nchw")
-    want = case.forward(), case.input_gradient(), case.weight_gradient()
+    want = case.results()
     n, c, h, w = case.x.shape
     wide = torch.zeros(n, c + 2, h + 1, w + 3)
     wide[:, 1:-1, :h, 2:-1] = case.x
@@ -290,7 +240,7 @@ def test_views():
     turned = case.w.transpose(2, 3).contiguous().transpose(2, 3)
     case.w, case.b = turned, torch.stack((case.b, case.b), 1)[:, 0]
     case.grad = torch.cat((case.grad, case.grad))[n:]
-    for got, expected in zip((case.forward(), case.input_gradient(), case.weight_gradient()), want, strict=True):
+    for got, expected in zip(case.results(), want, strict=True):
         torch.testing.assert_close(got, expected)
     ones = torch.ones(()).expand(case.grad.shape)
     case.grad = ones
@@ -367,15 +317,7 @@ def test_taps_are_those_of_the_definition():
 
 def test_in_the_interpreter():
     """Runs the tests above with TRITON_INTERPRET=1."""
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", Path(__file__).name]
-    run = subprocess.run(command, cwd=Path(__file__).parent, env=env, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert " passed" in run.stdout
+    check_in_the_interpreter(__file__)
 
 
-if HERE:
-    del test_in_the_interpreter
-else:
-    for _name in [n for n in globals() if n.startswith("test_") and n != "test_in_the_interpreter"]:
-        del globals()[_name]
+select_tests(globals())

@@ -1,16 +1,11 @@
-"""Every Triton convolution kernel compiled to a cubin with no GPU, as the launcher calls it: its plans, its arguments,
-Triton's own specialisation. The kernels of each architecture are compiled in a process of their own, without
-TRITON_INTERPRET, by running this file as a script."""
+"""Every Triton convolution kernel compiled to a cubin with no GPU, as the launcher calls it (see triton_offline.py)."""
 
-import json
-import os
+import importlib
 import re
-import subprocess
 import sys
 
 import pytest
-
-pytest.importorskip("triton")
+from triton_offline import compilations, compile_for, compiled, report
 
 # (n, ci, co, ih, iw), (kernel, stride, padding, output padding, dilation), groups
 DCGAN = (128, 128, 64, 16, 16), (4, 2, 1, 0, 1), 1
@@ -28,31 +23,10 @@ PRODUCT = {80: r"mma\.sync", 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma"}
 
 
 def compile_all(arch, cases):
-    """Prints lines of JSON: the names of the launcher's kernels, then what each compilation gave."""
-    import importlib
-    import tempfile
-
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime.driver import driver
-    from triton.runtime.jit import MockTensor
-
-    class Offline:
-        """What JITFunction asks of a driver before it compiles."""
-
-        def get_current_target(self):
-            return GPUTarget("cuda", arch, 32)
-
-        def get_current_device(self):
-            return 0
-
-        def get_current_stream(self, device=None):
-            return 0
-
-    driver.set_active(Offline())
+    compile_for(arch)
     host = importlib.import_module("aeup.kernels.convolution")
     plans = importlib.import_module("aeup.kernels.convolution_plans")
-    print(json.dumps(sorted(host.convolution_kernels())), flush=True)
+    report(sorted(host.convolution_kernels()))
     for ((n, ci, co, *size), (k, s, p, op, d), groups), kind, nhwc in cases:
         dtype = "fp32" if kind == "strict" else kind
         axes = [plans.Axis(i, host.output_size(i, k, s, p, op, d), k, s, p, d) for i in size]
@@ -66,34 +40,17 @@ def compile_all(arch, cases):
             ("epilogue", host.prepared(plans.epilogue_plan, n, co, plane, dtype, nhwc, 3, 0.0, True, "default")),
         ]
         for name, (plan, ready) in made:
-            for launch, (kernel, buffers, grid, scalars, options) in zip(plan.launches, ready, strict=True):
-                tensors = [MockTensor(host.TYPES[plan.scratch.get(b, (0, dtype))[1]]) for b in buffers]
-                binary = kernel.warmup(*tensors, *scalars, **options, grid=grid)
-                with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-                    file.write(binary.asm["cubin"])
-                    file.flush()
-                    tool = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-                    usage = subprocess.run(tool, capture_output=True, text=True, check=True).stdout
-                row = {"kernel": launch.kernel, "pass": name, "case": [n, ci, co, size, k, kind, nhwc]}
-                row |= {"arch": binary.metadata.target.arch, "elf": binary.asm["cubin"][:4] == b"\x7fELF"}
-                row |= {"stack": int(re.search(r"STACK:(\d+)", usage)[1]), "shared": binary.metadata.shared}
-                row |= {"registers": int(re.search(r"REG:(\d+)", usage)[1]), "ptx": binary.asm["ptx"].count("\n")}
-                row["product"] = bool(re.search(PRODUCT[arch], binary.asm["ptx"]))
-                row["copies"] = sorted(set(re.findall(r"cp\.async[^;]*, (0x\w+),", binary.asm["ptx"])))
-                row["narrow"] = binary.asm["ptx"].count("ld.global.b16")
-                print(json.dumps(row), flush=True)
-
-
-def compiled(arch, tmp_path):
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
-    run = subprocess.run([sys.executable, __file__, str(arch)], env=env, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
-    return [json.loads(line) for line in run.stdout.splitlines()]
+            for row, asm in compilations(plan, ready, dtype, host.TYPES):
+                row |= {"pass": name, "case": [n, ci, co, size, k, kind, nhwc], "ptx": asm["ptx"].count("\n")}
+                row["product"] = bool(re.search(PRODUCT[arch], asm["ptx"]))
+                row["copies"] = sorted(set(re.findall(r"cp\.async[^;]*, (0x\w+),", asm["ptx"])))
+                row["narrow"] = asm["ptx"].count("ld.global.b16")
+                report(row)
 
 
 @pytest.mark.parametrize("arch", (80, 90, 100))
 def test_cubins(arch, tmp_path):
-    known, *rows = compiled(arch, tmp_path)
+    known, *rows = compiled(__file__, arch, tmp_path)
     assert {row["kernel"] for row in rows} == set(known)
     main = [row for row in rows if row["case"][:4] == [*DCGAN[0][:3], list(DCGAN[0][3:])]]
     assert main and len(main) < len(rows) or arch != 90

@@ -1,39 +1,22 @@
-"""The Triton resampling kernels against torch in float64: on a GPU for real, elsewhere in Triton's interpreter.
-
-TRITON_INTERPRET must be set before Triton is imported and would change every other test of the process, so that without
-a GPU this file runs itself in a process of its own (`test_in_the_interpreter`).
-"""
+"""The Triton resampling kernels against torch in float64: on a GPU for real, elsewhere in Triton's interpreter (see
+triton_interpreter.py)."""
 
 import importlib
 import itertools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import LAYOUTS, MODES, SMOOTH, check_budget
+from triton_cases import random
+from triton_interpreter import DEVICE, INTERPRETED, MARKS, check_in_the_interpreter, poison, select_tests  # noqa: F401
 
-pytest.importorskip("triton")
-pytestmark = [  # the interpreter's own, on conversions and on infinities
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:triton"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
-]
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-HERE = INTERPRETED or torch.cuda.is_available()
-DEVICE = "cpu" if INTERPRETED else "cuda"
+pytestmark = MARKS
 SHARDS = ("test_forward or test_dtypes", "not (test_forward or test_dtypes)")  # processes side by side
 
 host = importlib.import_module("aeup.kernels.interpolate")
 plans = importlib.import_module("aeup.kernels.plans")
-
-if INTERPRETED:
-    from triton_interpreter import patch_language_once
-
-    patch_language_once()
 
 # (n, c), input size, output size or None, scale factors or None
 GEOMETRIES = {
@@ -59,18 +42,6 @@ def name_of(value):
     return "-".join(value) if isinstance(value, dict) else None
 
 
-@pytest.fixture(autouse=True)
-def poison(monkeypatch):
-    """Fresh memory, the results' and the scratch tables', holds NaN."""
-    real = torch.empty
-
-    def empty(*args, **kwargs):
-        out = real(*args, **kwargs)
-        return out.fill_(torch.nan if out.dtype.is_floating_point else 113)
-
-    monkeypatch.setattr(torch, "empty", empty)
-
-
 @pytest.fixture
 def fresh_plans():
     host._prepared.cache_clear()
@@ -78,12 +49,6 @@ def fresh_plans():
     yield
     host._prepared.cache_clear()
     plans.make_plan.cache_clear()
-
-
-def random(shape, dtype, layout, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    x = torch.randn(shape, generator=g, dtype=torch.float64).to(dtype)
-    return x.contiguous(memory_format=LAYOUTS[layout])
 
 
 def setting(mode, option, geometry):
@@ -315,20 +280,7 @@ def test_refusals():
 
 def test_in_the_interpreter():
     """Runs the tests above with TRITON_INTERPRET=1."""
-    runs = []
-    for shard in SHARDS:
-        env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-k", shard, Path(__file__).name]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        runs.append(subprocess.Popen(command, cwd=Path(__file__).parent, env=env, **pipes))
-    for run in runs:
-        output = run.communicate()[0]
-        assert run.returncode == 0, output
-        assert " passed" in output
+    check_in_the_interpreter(__file__, SHARDS)
 
 
-if HERE:
-    del test_in_the_interpreter
-else:
-    for _name in [n for n in globals() if n.startswith("test_") and n != "test_in_the_interpreter"]:
-        del globals()[_name]
+select_tests(globals())

@@ -1,16 +1,11 @@
-"""Every Triton kernel compiled to a cubin with no GPU, as the launcher calls it: its plans, its arguments, Triton's own
-specialisation. The kernels of each architecture are compiled in a process of their own, without TRITON_INTERPRET, by
-running this file as a script."""
+"""Every Triton resampling kernel compiled to a cubin with no GPU, as the launcher calls it (see triton_offline.py)."""
 
-import json
-import os
+import importlib
 import re
-import subprocess
 import sys
 
 import pytest
-
-pytest.importorskip("triton")
+from triton_offline import compilations, compile_for, compiled, report
 
 MODES = ("nearest", "bilinear", "bicubic")
 # The main case, x2, whose kernels must stay in registers and make 16-byte accesses: (mode, type, nhwc, backward).
@@ -45,76 +40,24 @@ def carried_scalars(ir):
 
 
 def compile_all(arch, main, others):
-    """Prints lines of JSON: the names of the launcher's kernels, then what each compilation gave."""
-    import importlib
-    import tempfile
-
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime.driver import driver
-    from triton.runtime.jit import MockTensor
-
-    class Offline:
-        """What JITFunction asks of a driver before it compiles."""
-
-        def get_current_target(self):
-            return GPUTarget("cuda", arch, 32)
-
-        def get_current_device(self):
-            return 0
-
-        def get_current_stream(self, device=None):
-            return 0
-
-    driver.set_active(Offline())
+    compile_for(arch)
     host = importlib.import_module("aeup.kernels.interpolate")
-    print(json.dumps(sorted(host.kernels())), flush=True)
-    torch_type = {name: dtype for dtype, name in host.DTYPES.items()} | host.SCRATCH
+    report(sorted(host.kernels()))
+    types = {name: dtype for dtype, name in host.DTYPES.items()} | host.SCRATCH
     calls = [(SHAPE, mode, False, False, back, kind, nhwc) for mode, kind, nhwc, back in main] + others
     for sizes, mode, align, antialias, back, kind, nhwc in calls:
         plan, ready = host._prepared((*sizes, mode, align, antialias, None, None, back, kind, nhwc, "default"))
-        for launch, (kernel, buffers, grid, scalars, options) in zip(plan.launches, ready, strict=True):
-            types = {"src": kind, "dst": kind} | {name: t for name, (_, t) in plan.scratch.items()}
-            tensors = [MockTensor(torch_type[types[name]]) for name in buffers]
-            made = kernel.warmup(*tensors, *scalars, **options, grid=grid)
-            with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-                file.write(made.asm["cubin"])
-                file.flush()
-                tool = triton.knobs.nvidia.cuobjdump.path
-                usage = subprocess.run(
-                    [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
-                ).stdout
-            print(
-                json.dumps(
-                    {
-                        "kernel": launch.kernel,
-                        "call": [sizes, mode, kind, "nhwc" if nhwc else "nchw", "backward" if back else "forward"],
-                        "main": sizes == SHAPE,
-                        "arch": made.metadata.target.arch,
-                        "elf": made.asm["cubin"][:4] == b"\x7fELF",
-                        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
-                        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
-                        "carried": [carried_scalars(made.asm["ttir"]), carried_scalars(made.asm["ttgir"])],
-                        "shared": made.metadata.shared,
-                        "wide": bool(
-                            re.search(("ld" if back else "st") + r"\.global[\w.:]*\.v4\.b32", made.asm["ptx"])
-                        ),
-                    }
-                ),
-                flush=True,
-            )
-
-
-def compiled(arch, tmp_path):
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
-    run = subprocess.run([sys.executable, __file__, str(arch)], env=env, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
-    return [json.loads(line) for line in run.stdout.splitlines()]
+        for row, asm in compilations(plan, ready, kind, types):
+            row["call"] = [sizes, mode, kind, "nhwc" if nhwc else "nchw", "backward" if back else "forward"]
+            row["main"] = sizes == SHAPE
+            row["carried"] = [carried_scalars(asm["ttir"]), carried_scalars(asm["ttgir"])]
+            row["wide"] = bool(re.search(("ld" if back else "st") + r"\.global[\w.:]*\.v4\.b32", asm["ptx"]))
+            report(row)
 
 
 @pytest.mark.parametrize("arch", (80, 90, 100))
 def test_cubins(arch, tmp_path):
-    known, *rows = compiled(arch, tmp_path)
+    known, *rows = compiled(__file__, arch, tmp_path)
     assert {row["kernel"] for row in rows} == set(known)
     for row in rows:
         assert row["arch"] == arch and row["elf"], row

@@ -1,34 +1,20 @@
 """The Triton kernels of the convolution of an upsampled map against torch in float64: on a GPU for real, elsewhere in
-Triton's interpreter, in a process of its own (as in test_triton_interpolate.py)."""
+Triton's interpreter (see triton_interpreter.py)."""
 
 import importlib
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import LAYOUTS, check_budget
+from cases import LAYOUTS
+from triton_cases import ConvCase, random
+from triton_interpreter import DEVICE, INTERPRETED, MARKS, check_in_the_interpreter, poison, select_tests  # noqa: F401
 
-pytest.importorskip("triton")
-pytestmark = [  # the interpreter's own, on conversions and on infinities
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:triton"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
-]
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-HERE = INTERPRETED or torch.cuda.is_available()
-DEVICE = "cpu" if INTERPRETED else "cuda"
+pytestmark = MARKS
 
 host = importlib.import_module("aeup.kernels.upsample_conv")
 plans = importlib.import_module("aeup.kernels.upsample_conv_plans")
 convolution_plans = importlib.import_module("aeup.kernels.convolution_plans")
-
-if INTERPRETED:
-    from triton_interpreter import patch_language_once
-
-    patch_language_once()
 
 # (n, ci, co), input size, upsampling, kernel, padding, groups
 FOLDED = {
@@ -58,28 +44,9 @@ RESAMPLED = {
 }
 GEOMETRIES = FOLDED | RESAMPLED
 FEW = ("x2k3", "groups", "bilinear", "bicubic")
-NAMES = ("y", "dx", "dw")
 
 
-@pytest.fixture(autouse=True)
-def poison(monkeypatch):
-    """Fresh memory, the results' and the scratch buffers', holds NaN."""
-    real = torch.empty
-
-    def empty(*args, **kwargs):
-        out = real(*args, **kwargs)
-        return out.fill_(torch.nan) if out.dtype.is_floating_point else out
-
-    monkeypatch.setattr(torch, "empty", empty)
-
-
-def random(shape, dtype, layout, seed):
-    g = torch.Generator().manual_seed(seed)
-    x = torch.randn(shape, generator=g, dtype=torch.float64).to(dtype)
-    return x.contiguous(memory_format=LAYOUTS[layout]) if x.ndim == 4 else x
-
-
-class Case:
+class Case(ConvCase):
     """Tensors of one geometry, and torch's results in float64 and in the type itself."""
 
     def __init__(self, geometry, dtype, layout, weight_layout=None):
@@ -99,10 +66,6 @@ class Case:
     def torch(self, dtype):
         x, w, b = (None if t is None else t.to(dtype) for t in (self.x, self.w, self.b))
         return F.leaky_relu(self.linear(x, w, b), 0.3)
-
-    def gradients(self, dtype):
-        x, w = (t.to(dtype, copy=True).requires_grad_() for t in (self.x, self.w))
-        return torch.autograd.grad(self.linear(x, w), (x, w), self.grad.to(dtype))
 
     def arguments(self):
         """size, mode, align_corners, scale_h, scale_w, padding, groups."""
@@ -124,16 +87,6 @@ class Case:
     def weight_gradient(self, tf32=False):
         g, x = self.grad.to(DEVICE), self.x.to(DEVICE)
         return host.upsample_conv2d_weight_gradient(g, x, self.kernel, *self.arguments(), tf32).cpu()
-
-    def results(self, tf32=False):
-        return self.forward(tf32), self.input_gradient(tf32), self.weight_gradient(tf32)
-
-    def check(self):
-        for name, a, reference, own in zip(NAMES, self.results(), self.reference, self.own, strict=True):
-            assert a.dtype == self.dtype, name
-            if min(*self.x.shape[1:], *self.w.shape[1:]) > 1:  # with a size of 1 the layout is ambiguous
-                assert a.is_contiguous(memory_format=LAYOUTS[self.layout]), name
-            check_budget(a, reference, own, floor_ulps=4)  # the interpreter truncates to bfloat16: 1 ulp
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
@@ -158,12 +111,9 @@ def test_tf32(geometry):
 
 @pytest.mark.parametrize("geometry", ("x2k3", "bilinear"))
 def test_mixed_layouts(geometry):
-    """A contiguous weight with a channels-last input, and the reverse: torch makes both channels-last."""
+    """A contiguous weight with a channels-last input, and the reverse."""
     for layouts in (("nhwc", "nchw"), ("nchw", "nhwc")):
-        case = Case(geometry, torch.float32, *layouts)
-        for got, reference, own in zip((case.forward(), case.input_gradient()), case.reference, case.own, strict=False):
-            assert got.is_contiguous(memory_format=torch.channels_last)
-            check_budget(got, reference, own, floor_ulps=4)
+        Case(geometry, torch.float32, *layouts).check_mixed_layouts()
 
 
 @pytest.fixture
@@ -296,15 +246,7 @@ def test_nearest_scale_is_torchs():
 
 def test_in_the_interpreter():
     """Runs the tests above with TRITON_INTERPRET=1."""
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", Path(__file__).name]
-    run = subprocess.run(command, cwd=Path(__file__).parent, env=env, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert " passed" in run.stdout
+    check_in_the_interpreter(__file__)
 
 
-if HERE:
-    del test_in_the_interpreter
-else:
-    for _name in [n for n in globals() if n.startswith("test_") and n != "test_in_the_interpreter"]:
-        del globals()[_name]
+select_tests(globals())

@@ -1,11 +1,62 @@
-"""Triton's interpreter, made quick enough for tests."""
+"""What the tests of the Triton kernels share: on a GPU they run for real, elsewhere in Triton's interpreter.
 
-import triton.runtime.interpreter as interpreter
+TRITON_INTERPRET must be set before Triton is imported and would change every other test of the process, so that without
+a GPU a test file runs itself in a process of its own (`check_in_the_interpreter`)."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+MARKS = [  # the interpreter's own, on conversions and on infinities
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:triton"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
+]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+HERE = INTERPRETED or torch.cuda.is_available()
+DEVICE = "cpu" if INTERPRETED else "cuda"
 
 
-def patch_language_once() -> None:
+@pytest.fixture(autouse=True)
+def poison(monkeypatch):
+    """Fresh memory, the results' and the scratch buffers', holds NaN; integers, 113."""
+    real = torch.empty
+
+    def empty(*args, **kwargs):
+        out = real(*args, **kwargs)
+        return out.fill_(torch.nan if out.dtype.is_floating_point else 113)
+
+    monkeypatch.setattr(torch, "empty", empty)
+
+
+def check_in_the_interpreter(file, shards=("",)):
+    """Runs the tests of ``file`` with TRITON_INTERPRET=1, each shard (a pytest -k expression) in its own process."""
+    file, env, runs = Path(file), {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, []
+    for shard in shards:
+        command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-k", shard, file.name]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        runs.append(subprocess.Popen(command, cwd=file.parent, env=env, **pipes))
+    for run in runs:
+        output = run.communicate()[0]
+        assert run.returncode == 0, output
+        assert " passed" in output
+
+
+def select_tests(module):
+    """Deletes from a test file's globals `test_in_the_interpreter` where the others can run here, else the others."""
+    for name in [n for n in module if n.startswith("test_") and (n == "test_in_the_interpreter") == HERE]:
+        del module[name]
+
+
+def patch_language_once():
     """The interpreter patches triton.language at every call of a jitted function, which is most of its time: once will
     do."""
+    import triton.runtime.interpreter as interpreter
+
     patch, patched = interpreter._patch_lang, {}
 
     class Kept:
@@ -18,3 +69,7 @@ def patch_language_once() -> None:
         return Kept()
 
     interpreter._patch_lang = patch_once
+
+
+if INTERPRETED:
+    patch_language_once()

@@ -14,40 +14,50 @@ def pointer(t):
     return ctypes.c_void_p(None if t is None else t.data_ptr())
 
 
-def run(
+def pointers(result, input=None, weight=None, bias=None, grad=None):
+    """The tensors of a pass, as every entry point of a convolution takes them."""
+    return map(pointer, (input, weight, bias, grad, result))
+
+
+def call(emulated, name, *arguments):
+    """Calls an entry point of the emulator: it returns null or what went wrong."""
+    entry = getattr(emulated.lib, name)
+    entry.restype = ctypes.c_char_p
+    error = entry(*arguments)
+    if error is not None:
+        raise RuntimeError(error.decode())
+
+
+def run_sizes(
     emulated,
+    name,
     family,
     which,
     result,
+    sizes,
     *,
-    input=None,
-    weight=None,
-    bias=None,
-    grad=None,
-    shapes,
-    stride,
-    padding,
-    dilation,
-    groups,
     channels_last,
     weight_channels_last,
     tf32=False,
     activation="none",
     slope=0.01,
+    **tensors,
 ):
-    """Fill ``result``. shapes: input, weight, output. Tensors are dense in the layouts named."""
-    (n, ci, ih, iw), (_, _, kh, kw), (_, co, oh, ow) = shapes
-    size = (ctypes.c_int64 * 16)(n, ci, co, ih, iw, oh, ow, kh, kw, *stride, *padding, *dilation, groups)
+    """Fill ``result`` by entry point ``name``. sizes: its integers; tensors: what the pass reads of input, weight, bias
+    and grad, dense in the layouts named."""
     how = (ctypes.c_int * 6)(
         which, DTYPES[result.dtype], channels_last, weight_channels_last, tf32, ACTIVATIONS.index(activation)
     )
-    call = emulated.lib.aeup_emulate_convolution
-    call.restype = ctypes.c_char_p
-    tensors = map(pointer, (input, weight, bias, grad, result))
-    error = call(family.encode(), *tensors, size, how, ctypes.c_double(slope))
-    if error is not None:
-        raise RuntimeError(error.decode())
+    size = (ctypes.c_int64 * len(sizes))(*sizes)
+    call(emulated, name, family.encode(), *pointers(result, **tensors), size, how, ctypes.c_double(slope))
     return result
+
+
+def run(emulated, family, which, result, *, shapes, stride, padding, dilation, groups, **how):
+    """A transposed convolution. shapes: input, weight, output; how: see run_sizes."""
+    (n, ci, ih, iw), (_, _, kh, kw), (_, co, oh, ow) = shapes
+    sizes = (n, ci, co, ih, iw, oh, ow, kh, kw, *stride, *padding, *dilation, groups)
+    return run_sizes(emulated, "aeup_emulate_convolution", family, which, result, sizes, **how)
 
 
 def run_epilogue(emulated, grad, output, activation, slope=0.01, bias=True, channels_last=False, offset=0):
@@ -57,9 +67,6 @@ def run_epilogue(emulated, grad, output, activation, slope=0.01, bias=True, chan
     total = torch.full((c,), float("nan"), dtype=grad.dtype) if bias else None
     size = (ctypes.c_int64 * 3)(n, c, h * w)
     how = (ctypes.c_int * 3)(DTYPES[grad.dtype], channels_last, ACTIVATIONS.index(activation))
-    call = emulated.lib.aeup_emulate_epilogue
-    call.restype = ctypes.c_char_p
-    error = call(*map(pointer, (grad, output, before, total)), size, how, ctypes.c_double(slope))
-    if error is not None:
-        raise RuntimeError(error.decode())
+    tensors = map(pointer, (grad, output, before, total))
+    call(emulated, "aeup_emulate_epilogue", *tensors, size, how, ctypes.c_double(slope))
     return before, total

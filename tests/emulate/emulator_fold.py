@@ -5,50 +5,18 @@ import ctypes
 import torch
 
 from .emulator import DTYPES
-from .emulator_convolution import ACTIVATIONS, pointer
+from .emulator_convolution import call, pointer, run_sizes
 
 
-def _size(shape, co, kernel, scale, padding, groups):
-    n, ci, h, w = shape
-    return (ctypes.c_int64 * 12)(n, ci, co, h, w, groups, *kernel, *scale, *padding)
+def _sizes(n, ci, ih, iw, co, kernel, scale, padding, groups):
+    return n, ci, co, ih, iw, groups, *kernel, *scale, *padding
 
 
-def run(
-    emulated,
-    family,
-    which,
-    result,
-    *,
-    input=None,
-    weight=None,
-    bias=None,
-    grad=None,
-    shape,
-    co,
-    kernel,
-    scale,
-    padding,
-    groups,
-    channels_last,
-    weight_channels_last,
-    tf32=False,
-    activation="none",
-    slope=0.01,
-):
-    """Fill ``result``. shape: that of the input; the weight is [co, ci / groups, *kernel]. Tensors are dense in the
-    layouts named."""
-    how = (ctypes.c_int * 6)(
-        which, DTYPES[result.dtype], channels_last, weight_channels_last, tf32, ACTIVATIONS.index(activation)
-    )
-    call = emulated.lib.aeup_emulate_upsample_conv
-    call.restype = ctypes.c_char_p
-    tensors = map(pointer, (input, weight, bias, grad, result))
-    error = call(
-        family.encode(), *tensors, _size(shape, co, kernel, scale, padding, groups), how, ctypes.c_double(slope)
-    )
-    if error is not None:
-        raise RuntimeError(error.decode())
-    return result
+def run(emulated, family, which, result, *, shapes, scale, padding, groups, **how):
+    """shapes: input, weight, output; how: see run_sizes."""
+    input, (co, _, *kernel), _ = shapes
+    sizes = _sizes(*input, co, kernel, scale, padding, groups)
+    return run_sizes(emulated, "aeup_emulate_upsample_conv", family, which, result, sizes, **how)
 
 
 def pack(
@@ -59,13 +27,10 @@ def pack(
     a phase."""
     result = torch.full((elements,), float("nan"), dtype=weight.dtype)
     how = (ctypes.c_int * 6)(0, DTYPES[weight.dtype], False, channels_last, False, 0)
-    call = emulated.lib.aeup_emulate_pack
-    call.restype = ctypes.c_char_p
-    bytes_ = ctypes.c_int64(elements * weight.element_size())
-    size = _size((1, ci, *pixels), co, kernel, scale, padding, 1)
-    error = call(kind, ctypes.c_bool(strict), ctypes.c_bool(folded), *map(pointer, (weight, result)), bytes_, size, how)
-    if error is not None:
-        raise RuntimeError(error.decode())
+    sizes = (ctypes.c_int64 * 12)(*_sizes(1, ci, *pixels, co, kernel, scale, padding, 1))
+    tensors, size = map(pointer, (weight, result)), ctypes.c_int64(elements * weight.element_size())
+    flags = ctypes.c_bool(strict), ctypes.c_bool(folded)
+    call(emulated, "aeup_emulate_pack", kind, *flags, *tensors, size, sizes, how)
     return result
 
 

@@ -3,7 +3,7 @@
 import ctypes
 
 from .emulator import DTYPES, MODES
-from .emulator_convolution import ACTIVATIONS, pointer
+from .emulator_convolution import ACTIVATIONS, call, pointers
 
 
 def run(
@@ -11,10 +11,6 @@ def run(
     which,
     result,
     *,
-    input=None,
-    weight=None,
-    bias=None,
-    grad=None,
     shapes,
     size,
     mode,
@@ -28,9 +24,10 @@ def run(
     activation="none",
     slope=0.01,
     capability=(9, 0),
+    **tensors,
 ):
-    """Fill ``result``. shapes: input, weight, output; size: of the resampled image. Tensors are dense in the layouts
-    named."""
+    """Fill ``result``. shapes: input, weight, output; size: of the resampled image; tensors: those that the pass reads
+    of input, weight, bias and grad, dense in the layouts named."""
     (n, ci, ih, iw), (_, _, kh, kw), (_, co, oh, ow) = shapes
     sizes = (ctypes.c_int64 * 14)(n, ci, co, ih, iw, *size, oh, ow, kh, kw, *padding, groups)
     layouts = channels_last, weight_channels_last
@@ -44,10 +41,6 @@ def run(
         ACTIVATIONS.index(activation),
         *capability,
     )
-    call = emulated.lib.aeup_emulate_resample_conv
-    call.restype = ctypes.c_char_p
-    tensors = map(pointer, (input, weight, bias, grad, result))
-    error = call(*tensors, sizes, how, (ctypes.c_double * 3)(*scales, slope))
-    if error is not None:
-        raise RuntimeError(error.decode())
+    factors = (ctypes.c_double * 3)(*scales, slope)
+    call(emulated, "aeup_emulate_resample_conv", *pointers(result, **tensors), sizes, how, factors)
     return result
