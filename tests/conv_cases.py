@@ -1,37 +1,26 @@
 """The table of transposed convolutions: what every implementation is checked on, and independent oracles."""
 
-from dataclasses import dataclass, field
-
 import torch
 import torch.nn.functional as F
-
-LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-ACTIVATIONS = (None, "relu", ("leaky_relu", 0.2), "silu", "gelu", "tanh", "sigmoid")
+from cases import DTYPES, LAYOUTS  # noqa: F401
+from map_cases import ACTIVATIONS, MapCase, activated, run  # noqa: F401
 
 
-@dataclass(frozen=True)
-class Case:
-    name: str
-    shape: tuple  # of the input, [N, CI, H, W]
-    weight: tuple  # [CI, CO / groups, kH, kW]
-    kwargs: dict = field(default_factory=dict, hash=False)
+def by_torch(x, w, b, activation=None, **kwargs):
+    """torch's own operators, one after the other."""
+    return activated(F.conv_transpose2d(x, w, b, **kwargs), activation)
 
-    def __str__(self):
-        return self.name
 
-    def tensors(self, dtype, layout="nchw", device="cpu", seed=0):
-        """x, weight, bias and a gradient of the output; the same values in every dtype up to rounding."""
-        groups = self.kwargs.get("groups", 1)
-        g = torch.Generator().manual_seed(seed)
-        x = torch.randn(self.shape, generator=g, dtype=torch.float64)
-        w = torch.randn(self.weight, generator=g, dtype=torch.float64) / (self.weight[0] // groups) ** 0.5
-        b = torch.randn(self.weight[1] * groups, generator=g, dtype=torch.float64)
-        grad = torch.randn(F.conv_transpose2d(x, w, b, **self.kwargs).shape, generator=g, dtype=torch.float64)
-        x, w, b, grad = (t.to(dtype) for t in (x, w, b, grad))
-        fmt = LAYOUTS[layout]
-        x, w, grad = (t.contiguous(memory_format=fmt) for t in (x, w, grad))
-        return tuple(t.to(device) for t in (x, w, b, grad))
+class Case(MapCase):
+    """weight: [CI, CO / groups, kH, kW]."""
+
+    by_torch = staticmethod(by_torch)
+
+    def fan_in(self):
+        return self.weight[0] // self.kwargs.get("groups", 1)
+
+    def out_channels(self):
+        return self.weight[1] * self.kwargs.get("groups", 1)
 
 
 CASES = (
@@ -74,22 +63,6 @@ LARGE_FEW = (  # enough work for the kernels of few output channels
         {"stride": (2, 4), "padding": (1, 0), "output_padding": (1, 0)},
     ),
 )
-
-
-def by_torch(x, w, b, activation=None, **kwargs):
-    """torch's own operators, one after the other."""
-    y = F.conv_transpose2d(x, w, b, **kwargs)
-    if isinstance(activation, tuple):
-        return F.leaky_relu(y, activation[1])
-    return y if activation is None else getattr(F, activation)(y)
-
-
-def run(fn, case, tensors, activation=None, **more):
-    """Output and gradients of x, weight and bias."""
-    x, w, b, grad = tensors
-    leaves = [t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in (x, w, b)]
-    y = fn(*leaves, **case.kwargs, activation=activation, **more)
-    return y, *torch.autograd.grad(y, leaves, grad)
 
 
 def naive_matrix(weight, size, stride, padding, dilation):

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import LAYOUTS, MODES, SMOOTH, check_budget
+from map_cases import Log, Named
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.opinfo.core import ErrorInput
 
@@ -121,28 +122,14 @@ def test_function_transforms():
 
 
 def test_modes_see_the_operator():
-    from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils.flop_counter import FlopCounterMode
 
-    seen = []
-
-    class Log(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            seen.append(func)
-            return func(*args, **(kwargs or {}))
-
-    with Log(), FlopCounterMode(display=False):
+    with Log() as log, FlopCounterMode(display=False):
         aeup.interpolate(torch.randn(1, 1, 2, 2), scale_factor=2)
-    assert torch.ops.aeup.interpolate.default in seen
-
-    class Named(torch.Tensor):
-        @classmethod
-        def __torch_function__(cls, func, types, args=(), kwargs=None):
-            seen.append(func)
-            return super().__torch_function__(func, types, args, kwargs or {})
-
+    assert torch.ops.aeup.interpolate.default in log.seen
+    Named.seen.clear()
     y = aeup.interpolate(torch.randn(1, 1, 2, 2).as_subclass(Named), scale_factor=2)
-    assert isinstance(y, Named) and aeup.interpolate in seen
+    assert isinstance(y, Named) and aeup.interpolate in Named.seen
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -3,12 +3,14 @@
 import itertools
 import re
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from map_cases import DRAWN, gradients_where, views_of
 from upsample_conv_cases import ACTIVATIONS, CASES, DTYPES, LAYOUTS, MODES, Case, always_folded, by_torch, run
 
 import aeup
@@ -101,13 +103,7 @@ def calls(draw):
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    case=calls(),
-    dtype=st.sampled_from(DTYPES),
-    layout=st.sampled_from(tuple(LAYOUTS)),
-    activation=st.sampled_from(ACTIVATIONS),
-    way=st.sampled_from(tuple(WAYS)),
-)
+@given(case=calls(), way=st.sampled_from(tuple(WAYS)), **DRAWN)
 def test_any_call(case, dtype, layout, activation, way):
     tensors = case.tensors(dtype, layout)
     theirs = run(by_torch, case, tensors, activation)
@@ -239,15 +235,7 @@ def folded():
 @pytest.mark.parametrize("mode", ("nearest", "bilinear"))
 def test_strides_and_offsets(layout, mode):
     x, w, b, _ = BY_NAME["x2-k3p1"].tensors(torch.float32, layout)
-    views = {
-        "offset": torch.randn(x.numel() + 1)[1:].view(x.shape),
-        "slice": torch.randn(3, 9, 7, 9)[1:, 1:7, 1:6, 1:8],
-        "step": torch.randn(4, 12, 10, 14)[::2, ::2, ::2, ::2],
-        "transposed": x.transpose(2, 3),
-        "expanded": x[:1, :1].expand(2, 6, -1, -1),
-        "channels-last slice": torch.randn(2, 8, 5, 7).contiguous(memory_format=torch.channels_last)[:, :6],
-    }
-    for name, view in views.items():
+    for name, view in views_of(x).items():
         for weight in (w, w.transpose(2, 3), w.flip(0)[::2], w.to(memory_format=torch.channels_last)):
             bias = b[: weight.shape[0]]
             y = aeup.upsample_conv2d(view, weight, bias, mode=mode, padding=1)
@@ -273,18 +261,13 @@ def test_empty_batch():
 @pytest.mark.usefixtures("folded")
 def test_some_gradients_only():
     for name in ("x2-k3p1", "bilinear", "one-axis"):
-        tensors = BY_NAME[name].tensors(torch.float32)
-        exact = run(by_torch, BY_NAME[name], tensors, "relu")
+        *tensors, grad = BY_NAME[name].tensors(torch.float32)
         for needs in itertools.product((False, True), repeat=3):
-            leaves = [t.detach().clone().requires_grad_(n) for t, n in zip(tensors[:3], needs, strict=True)]
-            y = aeup.upsample_conv2d(*leaves, **BY_NAME[name].kwargs, activation="relu")
-            assert y.requires_grad == any(needs)
-            if any(needs):
-                y.backward(tensors[3])
-                for leaf, need, true in zip(leaves, needs, exact[1:], strict=True):
-                    assert (leaf.grad is not None) == need
-                    if need:
-                        torch.testing.assert_close(leaf.grad, true, rtol=1e-4, atol=1e-4)
+            got, expected = (
+                gradients_where(needs, partial(fn, **BY_NAME[name].kwargs, activation="relu"), tensors, grad)
+                for fn in (aeup.upsample_conv2d, by_torch)
+            )
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.usefixtures("folded")
@@ -304,27 +287,6 @@ def test_same_bits_on_every_run():
         first = run(aeup.upsample_conv2d, BY_NAME[name], tensors, "relu")
         again = run(aeup.upsample_conv2d, BY_NAME[name], tensors, "relu")
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-
-
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
-def test_autocast_runs_in_its_dtype_as_conv2d(dtype):
-    x, w, b, grad = BY_NAME["x2-k3p1"].tensors(torch.float32)
-    with torch.autocast("cpu", dtype=dtype):
-        for kind, mode in itertools.product((torch.float32, torch.bfloat16, torch.float64), MODES):
-            given = [t.to(kind) for t in (x, w, b)]
-            y = aeup.upsample_conv2d(*given, padding=1, mode=mode)
-            assert y.dtype == F.conv2d(*given).dtype == (torch.float64 if kind is torch.float64 else dtype)
-            args = ((10, 14), mode, False, None, None, (1, 1), 1)
-            assert torch.ops.aeup.upsample_conv2d(*given, *args).dtype == y.dtype
-        leaves = [t.requires_grad_() for t in (x, w, b)]
-        y = aeup.upsample_conv2d(*leaves, padding=1, activation="relu")
-    assert y.dtype == dtype
-    grads = torch.autograd.grad(y, leaves, grad.to(dtype))
-    assert [t.dtype for t in grads] == [torch.float32] * 3
-    with torch.autocast("cpu", dtype=dtype, enabled=False):
-        assert aeup.upsample_conv2d(x, w).dtype == torch.float32
-    with torch.autocast("cuda", dtype=dtype) if torch.cuda.is_available() else nullcontext():
-        assert aeup.upsample_conv2d(x, w).dtype == torch.float32
 
 
 @pytest.mark.usefixtures("folded")

@@ -1,16 +1,11 @@
 """The table of upsamplings with a convolution after them: what every implementation is checked on."""
 
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from unittest import mock
 
-import torch
 import torch.nn.functional as F
-
-LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-ACTIVATIONS = (None, "relu", ("leaky_relu", 0.2), "silu", "gelu", "tanh", "sigmoid")
-MODES = ("nearest", "nearest-exact", "bilinear", "bicubic")
+from cases import DTYPES, LAYOUTS, MODES  # noqa: F401
+from map_cases import ACTIVATIONS, MapCase, activated, run  # noqa: F401
 
 
 @contextmanager
@@ -24,28 +19,24 @@ def always_folded():
         yield
 
 
-@dataclass(frozen=True)
-class Case:
-    name: str
-    shape: tuple  # of the input, [N, CI, H, W]
-    weight: tuple  # [CO, CI / groups, kH, kW]
-    kwargs: dict = field(default_factory=dict, hash=False)
+def by_torch(
+    x, w, b, activation=None, scale_factor=2, size=None, mode="nearest", align_corners=None, padding=0, groups=1
+):
+    """torch's own operators, one after the other."""
+    u = F.interpolate(x, size, None if size else scale_factor, mode, align_corners)
+    return activated(F.conv2d(u, w, b, 1, padding, 1, groups), activation)
 
-    def __str__(self):
-        return self.name
 
-    def tensors(self, dtype, layout="nchw", device="cpu", seed=0):
-        """x, weight, bias and a gradient of the output; the same values in every dtype up to rounding."""
-        g = torch.Generator().manual_seed(seed)
-        fan = self.weight[1] * self.weight[2] * self.weight[3]
-        x = torch.randn(self.shape, generator=g, dtype=torch.float64)
-        w = torch.randn(self.weight, generator=g, dtype=torch.float64) / fan**0.5
-        b = torch.randn(self.weight[0], generator=g, dtype=torch.float64)
-        grad = torch.randn(by_torch(x, w, b, **self.kwargs).shape, generator=g, dtype=torch.float64)
-        x, w, b, grad = (t.to(dtype) for t in (x, w, b, grad))
-        fmt = LAYOUTS[layout]
-        x, w, grad = (t.contiguous(memory_format=fmt) for t in (x, w, grad))
-        return tuple(t.to(device) for t in (x, w, b, grad))
+class Case(MapCase):
+    """weight: [CO, CI / groups, kH, kW]."""
+
+    by_torch = staticmethod(by_torch)
+
+    def fan_in(self):
+        return self.weight[1] * self.weight[2] * self.weight[3]
+
+    def out_channels(self):
+        return self.weight[0]
 
 
 SMOOTH = {"padding": 1, "mode": "bilinear"}
@@ -84,22 +75,3 @@ CASES = (
     Case("bicubic-x3-corners", (1, 4, 4, 5), (3, 4, 5, 5), CORNERS),
     Case("bilinear-same", (2, 4, 5, 3), (3, 4, 2, 3), {"padding": "same", "mode": "bilinear"}),
 )
-
-
-def by_torch(
-    x, w, b, activation=None, scale_factor=2, size=None, mode="nearest", align_corners=None, padding=0, groups=1
-):
-    """torch's own operators, one after the other."""
-    u = F.interpolate(x, size, None if size else scale_factor, mode, align_corners)
-    y = F.conv2d(u, w, b, 1, padding, 1, groups)
-    if isinstance(activation, tuple):
-        return F.leaky_relu(y, activation[1])
-    return y if activation is None else getattr(F, activation)(y)
-
-
-def run(fn, case, tensors, activation=None, **more):
-    """Output and gradients of x, weight and bias."""
-    x, w, b, grad = tensors
-    leaves = [t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in (x, w, b)]
-    y = fn(*leaves, **case.kwargs, activation=activation, **more)
-    return y, *torch.autograd.grad(y, leaves, grad)
