@@ -27,6 +27,11 @@ inline void same_kind(const char* op, const Tensor& x, const Tensor& like, const
   if (x.scalar_type() != like.scalar_type()) fail(op, std::string(name) + " differs in dtype");
   if (x.device() != like.device()) fail(op, std::string(name) + " is on another device");
 }
+// What is given with `grad`: 4 dimensions, and grad's dtype and device.
+inline void check_beside(const char* op, const Tensor& grad, const Tensor& x, const char* name) {
+  check(op, x, name, 4);
+  same_kind(op, x, grad, name);
+}
 inline Activation activation_of(const char* op, int64_t activation) {
   if (activation < 0 || activation > 6) fail(op, "activation must be 0 to 6, got " + std::to_string(activation));
   return static_cast<Activation>(activation);

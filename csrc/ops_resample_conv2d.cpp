@@ -1,8 +1,7 @@
 // The compiled operators of resampling followed by a convolution: torch.ops.aeup_native.resample_conv2d*. They are
 // kernels without autograd; aeup/ops/upsample_conv2d.py builds the public operators on them.
-#include "tensors.h"
+#include "ops_convolution.h"
 #ifdef AEUP_WITH_CUDA
-#include "cuda/conv_launch.h"
 #include "cuda/resample_conv.h"
 #endif
 
@@ -14,9 +13,11 @@ using torch::stable::Tensor;
 using aeup::dense;
 using aeup::Pass;
 using aeup::ResampleConv;
+using aeup::sizes;
 using aeup::suggests_channels_last;
 
-[[noreturn]] void fail(const std::string& message) { aeup::fail("aeup.upsample_conv2d", message); }
+constexpr const char* kName = "aeup.upsample_conv2d";
+[[noreturn]] void fail(const std::string& message) { aeup::fail(kName, message); }
 
 struct Geometry {
   int64_t uh, uw, mode;
@@ -24,32 +25,16 @@ struct Geometry {
   double scale_h, scale_w;
   int64_t ph, pw, groups;
 };
-void check(const Tensor& x, const char* name, int64_t dim) {
-  if (x.dim() != dim)
-    fail(std::string(name) + " must have " + std::to_string(dim) + " dimensions, got " + std::to_string(x.dim()));
-}
-void same_kind(const Tensor& x, const Tensor& like, const char* name) {
-  if (x.scalar_type() != like.scalar_type()) fail(std::string(name) + " differs in dtype");
-  if (x.device() != like.device()) fail(std::string(name) + " is on another device");
-}
-std::vector<int64_t> sizes(const Tensor& x) {
-  const auto s = x.sizes();
-  return {s.begin(), s.end()};
-}
-
 // Sizes of the map; nothing of the layouts. Throws where a kernel would read out of bounds.
 ResampleConv describe(const Geometry& g, const Tensor& like, int64_t n, int64_t ci, int64_t ih, int64_t iw,
                       const Tensor& weight, bool tf32) {
-  constexpr int64_t kMost = int64_t(1) << 24;  // keeps positions below 2^31
-  check(weight, "weight", 4);
-  same_kind(weight, like, "weight");
-  const auto dtype = aeup::dtype_of(like);
-  if (!dtype || *dtype == aeup::DType::u8) fail("unsupported dtype; float64, float32, float16 and bfloat16 are served");
+  aeup::check(kName, weight, "weight", 4);
+  aeup::same_kind(kName, weight, like, "weight");
+  const aeup::DType dtype = aeup::float_dtype_of(kName, like);
   if (g.mode < 0 || g.mode > 3) fail("mode must be 0 to 3, got " + std::to_string(g.mode));
   for (const int64_t v : {g.groups, weight.size(2), weight.size(3)})
-    if (v < 1 || v > kMost) fail("groups and kernel size must be 1 to 2^24, got " + std::to_string(v));
-  for (const int64_t v : {g.ph, g.pw})
-    if (v < 0 || v > kMost) fail("padding must be 0 to 2^24, got " + std::to_string(v));
+    aeup::check_argument(kName, "groups and kernel size", v);
+  for (const int64_t v : {g.ph, g.pw}) aeup::check_argument(kName, "padding", v, 0);
   for (const int64_t v : {ih, iw, g.uh, g.uw})
     if (v < 1 || v >= aeup::kMaxAxis) fail("spatial sizes must be 1 to 2^30 - 1, got " + std::to_string(v));
   ResampleConv c{};
@@ -64,12 +49,12 @@ ResampleConv describe(const Geometry& g, const Tensor& like, int64_t n, int64_t 
          std::to_string(c.ci / g.groups));
   c.mode = static_cast<aeup::Mode>(g.mode), c.align_corners = g.align_corners;
   c.scale_h = g.scale_h, c.scale_w = g.scale_w;
-  c.dtype = *dtype, c.tf32 = tf32;
+  c.dtype = dtype, c.tf32 = tf32;
   c.weight_channels_last = suggests_channels_last(weight);
   return c;
 }
 ResampleConv forward_of(const Tensor& input, const Tensor& weight, const Geometry& g, bool tf32) {
-  check(input, "input", 4);
+  aeup::check(kName, input, "input", 4);
   auto c = describe(g, input, input.size(0), input.size(1), input.size(2), input.size(3), weight, tf32);
   c.channels_last = suggests_channels_last(input) || c.weight_channels_last;
   return c;
@@ -78,10 +63,6 @@ void same_output(const ResampleConv& c, const Tensor& grad) {
   if (sizes(grad) != std::vector<int64_t>{c.n, c.co, c.oh, c.ow})
     fail("grad must have size [" + std::to_string(c.n) + ", " + std::to_string(c.co) + ", " + std::to_string(c.oh) +
          ", " + std::to_string(c.ow) + "]");
-}
-aeup::Activation activation_of(int64_t activation) {
-  if (activation < 0 || activation > 6) fail("activation must be 0 to 6, got " + std::to_string(activation));
-  return static_cast<aeup::Activation>(activation);
 }
 
 void run(const ResampleConv& c, Pass pass, const Tensor& like) {
@@ -98,14 +79,14 @@ Tensor forward(const Tensor& given, const Tensor& given_weight, const std::optio
                int64_t uw, int64_t mode, bool align_corners, double scale_h, double scale_w, int64_t ph, int64_t pw,
                int64_t groups, int64_t activation, double slope, bool tf32) {
   auto c = forward_of(given, given_weight, {uh, uw, mode, align_corners, scale_h, scale_w, ph, pw, groups}, tf32);
-  c.activation = activation_of(activation);
+  c.activation = aeup::activation_of(kName, activation);
   c.slope = float(slope);
   const torch::stable::accelerator::DeviceGuard guard(given.get_device_index());
   const Tensor input = dense(given, c.channels_last), weight = dense(given_weight, c.weight_channels_last);
   Tensor added;
   if (bias) {
-    check(*bias, "bias", 1);
-    same_kind(*bias, given, "bias");
+    aeup::check(kName, *bias, "bias", 1);
+    aeup::same_kind(kName, *bias, given, "bias");
     if (bias->size(0) != c.co) fail("bias must have " + std::to_string(c.co) + " elements");
     added = torch::stable::contiguous(*bias);
     c.bias = added.const_data_ptr();
@@ -120,8 +101,8 @@ Tensor forward(const Tensor& given, const Tensor& given_weight, const std::optio
 Tensor input_gradient(const Tensor& given, const Tensor& given_weight, int64_t ih, int64_t iw, int64_t uh, int64_t uw,
                       int64_t mode, bool align_corners, double scale_h, double scale_w, int64_t ph, int64_t pw,
                       int64_t groups, bool tf32) {
-  check(given, "grad", 4);
-  check(given_weight, "weight", 4);
+  aeup::check(kName, given, "grad", 4);
+  aeup::check(kName, given_weight, "weight", 4);
   auto c = describe({uh, uw, mode, align_corners, scale_h, scale_w, ph, pw, groups}, given, given.size(0),
                     given_weight.size(1) * groups, ih, iw, given_weight, tf32);
   same_output(c, given);
@@ -138,9 +119,9 @@ Tensor input_gradient(const Tensor& given, const Tensor& given_weight, int64_t i
 Tensor weight_gradient(const Tensor& given_grad, const Tensor& given_input, const Tensor& like, int64_t uh, int64_t uw,
                        int64_t mode, bool align_corners, double scale_h, double scale_w, int64_t ph, int64_t pw,
                        int64_t groups, bool tf32) {
-  check(given_grad, "grad", 4);
+  aeup::check(kName, given_grad, "grad", 4);
   auto c = forward_of(given_input, like, {uh, uw, mode, align_corners, scale_h, scale_w, ph, pw, groups}, tf32);
-  same_kind(given_grad, given_input, "grad");
+  aeup::same_kind(kName, given_grad, given_input, "grad");
   same_output(c, given_grad);
   c.channels_last = suggests_channels_last(given_grad) || suggests_channels_last(given_input);
   const torch::stable::accelerator::DeviceGuard guard(given_grad.get_device_index());

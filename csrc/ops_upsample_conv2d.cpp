@@ -68,8 +68,7 @@ Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Te
 aeup::Convolution input_gradient_of(const Tensor& grad, const Tensor& weight, int64_t ih, int64_t iw, const Geometry& g,
                                     bool tf32) {
   aeup::check(kName, grad, "grad", 4);
-  aeup::check(kName, weight, "weight", 4);
-  aeup::same_kind(kName, weight, grad, "weight");
+  aeup::check_beside(kName, grad, weight, "weight");
   auto c = describe(g, {grad.size(0), weight.size(1) * g.groups, ih, iw}, sizes(grad), sizes(weight), tf32);
   aeup::set_layout(kName, &c, grad, weight, weight);
   return c;
@@ -83,10 +82,8 @@ Tensor input_gradient(const Tensor& grad, const Tensor& weight, int64_t ih, int6
 aeup::Convolution weight_gradient_of(const Tensor& grad, const Tensor& input, const Tensor& like, const Geometry& g,
                                      bool tf32) {
   aeup::check(kName, grad, "grad", 4);
-  aeup::check(kName, input, "input", 4);
-  aeup::check(kName, like, "weight_like", 4);
-  aeup::same_kind(kName, input, grad, "input");
-  aeup::same_kind(kName, like, grad, "weight_like");
+  aeup::check_beside(kName, grad, input, "input");
+  aeup::check_beside(kName, grad, like, "weight_like");
   auto c = describe(g, sizes(input), sizes(grad), sizes(like), tf32);
   aeup::set_layout(kName, &c, grad, input, like);
   return c;

@@ -12,8 +12,8 @@ from torch import Tensor
 import aeup
 
 from . import decoders
-from .layer import BUDGET, LAYER_DTYPES, NOTES, Case, chosen_dtypes, set_of, torch_other_layout
-from .workload import Operator
+from .layer import BUDGET, LAYER_DTYPES, NOTES, Case, chosen_dtypes, torch_other_layout
+from .workload import Operator, set_of
 
 
 @dataclass(frozen=True)

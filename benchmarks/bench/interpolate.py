@@ -22,7 +22,7 @@ import aeup
 from . import decoders
 from .gate import autograd_backward
 from .peers import Peer
-from .workload import DTYPES, EPS, LAYOUTS, Operator, Part, checked
+from .workload import DTYPES, EPS, LAYOUTS, Operator, Part, checked, set_of
 
 MODES = ("nearest", "bilinear", "bicubic")
 DEFAULT_DTYPES = ("fp32", "bf16")
@@ -304,7 +304,7 @@ def interpolate_cases(
     """The cases for a device type, in table order. An empty filter means the default: the set "main" or those of the
     shapes, all modes, `DEFAULT_DTYPES`, both layouts."""
     checked(AXES, sets=sets, shapes=shapes, modes=modes, dtypes=dtypes, layouts=layouts)
-    sets = sets or {w.set for w in WORKLOADS if w.name in shapes} or ("main",)
+    sets = set_of(sets, shapes, WORKLOADS)
     return [
         Case(w.name, w.geometry(device), mode, dtype, layout, w.by, w.align_corners, w.set, w.source)
         for w in WORKLOADS

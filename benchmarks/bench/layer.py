@@ -200,11 +200,6 @@ def in_layout(case: Case, x: Tensor, layout: str | None = None) -> Tensor:
     return x.contiguous(memory_format=LAYOUTS[layout or case.layout]) if x.dim() == 4 else x
 
 
-def set_of(sets: Sequence[str], shapes: Sequence[str], workloads) -> set[str]:
-    """The sets to measure: those given, else those of the shapes, else "main"."""
-    return set(sets) or {w.set for w in workloads if w.name in shapes} or {"main"}
-
-
 def chosen_dtypes(axes, device: str, dtypes: Sequence[str], **filters: Sequence[str]) -> tuple[str, ...]:
     """The dtypes to measure; an empty filter means `DEFAULT_DTYPES`. Raises ValueError for an unknown value of any
     filter, and for tf32 on a CPU, which has none."""

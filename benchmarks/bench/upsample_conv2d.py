@@ -16,9 +16,9 @@ from torch import Tensor
 import aeup
 
 from . import decoders, layer
-from .layer import BUDGET, LAYER_DTYPES, NOTES, chosen_dtypes, compiled_other_layout, set_of, torch_other_layout
+from .layer import BUDGET, LAYER_DTYPES, NOTES, chosen_dtypes, compiled_other_layout, torch_other_layout
 from .peers import Peer
-from .workload import Operator
+from .workload import Operator, set_of
 
 MODES = ("nearest", "bilinear", "bicubic")  # of the set "main"
 

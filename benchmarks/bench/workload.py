@@ -130,6 +130,11 @@ def checked(axes: Mapping[str, Sequence[str]], **filters: Iterable[str]) -> None
             raise ValueError(f"{argument}: unknown {unknown}, expected some of {sorted(allowed)}")
 
 
+def set_of(sets: Sequence[str], shapes: Sequence[str], workloads) -> set[str]:
+    """The sets to measure: those given, else those of the shapes, else "main"."""
+    return set(sets) or {w.set for w in workloads if w.name in shapes} or {"main"}
+
+
 @contextmanager
 def precision(dtype: str) -> Iterator[None]:
     """float32 products in tf32 for the dtype class "tf32" and no other; cuDNN picks by measuring."""
