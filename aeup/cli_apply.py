@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,9 @@ class Images:
     def __len__(self) -> int:
         return len(self.data)
 
-    def batches(self, n: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-        return self.data(torch.arange(len(self)).split(n))
+    def batches(self, n: int, index: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """`n` at a time, all or those of `index`."""
+        return self.data((torch.arange(len(self)) if index is None else index).split(n))
 
     def at(self, *index: int) -> tuple[Tensor, Tensor | None]:
         bad = [i for i in index if not 0 <= i < len(self)]
@@ -332,6 +334,7 @@ def encode_command(
 @click.command("evaluate")
 @common
 @images_from
+@click.option("-n", "--number", type=click.IntRange(1), help="How many images, evenly spaced.  [default: all]")
 @click.option(
     "--samples", type=click.IntRange(0), default=100, show_default=True,
     help="K of the importance-weighted log-likelihood; 0 leaves it out.",
@@ -344,6 +347,7 @@ def evaluate_command(
     force: bool,
     data: str | None,
     part: str | None,
+    number: int | None,
     samples: int,
     out: Path | None,
 ) -> None:
@@ -356,20 +360,23 @@ def evaluate_command(
         opened = Run.open(run, device)
         out = _free(out or opened.path.parent / "evaluate.json", force)
         images = choose(opened, data, part)
-        with bar(len(images)) as progress:
-            figures = evaluate(opened.model, images.batches, samples=samples, seed=seed, progress=progress)
+        n = min(number or len(images), len(images))
+        index = torch.arange(n) * len(images) // n
+        with bar(n) as progress:
+            batches = partial(images.batches, index=index)
+            figures = evaluate(opened.model, batches, samples=samples, seed=seed, progress=progress)
         about = {
             "model": opened.model.name,
             "checkpoint": opened.path.name,
             "data": images.source,
             "part": images.part,
-            "images": len(images),
+            "images": n,
             "samples": samples if "log_likelihood" in figures else None,
             "seed": seed,
             "figures": {name: _json(figure) for name, figure in figures.items()},
         }
         write_atomic(out, (json.dumps(about, indent=2, allow_nan=False) + "\n").encode())
-    click.echo(f"{opened.model.name}, {len(images):,} images of {images.source} ({images.part})")
+    click.echo(f"{opened.model.name}, {n:,} images of {images.source} ({images.part})")
     click.echo("\n".join(table(figures, samples)))
     click.echo(out)
 

@@ -80,8 +80,6 @@ def train(
     On many devices: torchrun --nproc-per-node=N -m aeup train MODEL ...
     """
     given = {k: v for k, v in given.items() if v is not None}
-    if {"epochs", "steps"} <= given.keys():
-        raise click.UsageError("give --epochs or --steps, not both")
     if resume is not None:
         _check_resume({**given, **{k: v for k, v in (("config", config), ("set", sets), ("out", out)) if v}})
     if threads is not None:

@@ -12,7 +12,6 @@ import torch
 from click.testing import CliRunner
 from model_cases import batch, build
 from PIL import Image
-from swap_helpers import library
 from torch import nn
 
 import aeup.data
@@ -223,47 +222,61 @@ def batches(x):
     return lambda n: ((part, None) for part in x.split(n))
 
 
-def test_figures_are_means_over_the_images(monkeypatch):
-    library("torchmetrics")
-    model, x = Known().train(), torch.rand(301, 1, 16, 16) * 0.8
+def test_figures_are_means_over_the_images():
+    model, x = Known().train(), torch.rand(261, 1, 16, 16) * 0.8
     torch.manual_seed(1)
     before, calls = torch.get_rng_state(), []
     got = evaluate(model, batches(x), samples=7, seed=5, progress=lambda what, done: calls.append((what, done)))
     assert torch.equal(before, torch.get_rng_state()) and model.training and set(model.seen) == {7}
-    assert got["reconstruction"] == Figure(301, "squared grey levels")
+    assert got["reconstruction"] == Figure(261, "squared grey levels")
     assert got["kl"] == evaluate(model, batches(x), seed=5)["kl"] != evaluate(model, batches(x), seed=6)["kl"]
     sums = -x.sum((1, 2, 3)).double()
     assert got["log_likelihood"].value == pytest.approx(sums.mean().item(), rel=1e-6)
-    assert got["log_likelihood"].error == pytest.approx(sums.std().item() / math.sqrt(301), rel=1e-4)
+    assert got["log_likelihood"].error == pytest.approx(sums.std().item() / math.sqrt(261), rel=1e-4)
     assert got["psnr"].value == pytest.approx(20, abs=1e-4) and got["psnr"].unit == "dB"
     # The corrupted image is all black after clamping; its "denoised" one is (x - 1) / 2.
     assert got["corrupted_psnr"].value == pytest.approx(psnr(0 * x, x).mean().item(), rel=1e-6)
     assert got["denoised_psnr"].value == pytest.approx(psnr((x - 1) / 2, x).mean().item(), rel=1e-6)
     assert set(got) >= {"ssim", "corrupted_ssim", "denoised_ssim"} and got["denoised_ssim"].value < got["ssim"].value
-    assert ("PSNR, SSIM", 301) in calls and ("log p(x), 7 samples", 32) in calls
+    assert ("PSNR, SSIM", 261) in calls and ("log p(x), 7 samples", 32) in calls
     assert "log_likelihood" not in evaluate(model, batches(x))
 
 
 def test_psnr_and_ssim():
-    library("torchmetrics")
     x = torch.rand(3, 3, 20, 15)
     y = torch.stack([x[0], x[1] + 0.01, 1 - x[2]])
     assert psnr(y, x)[0] == math.inf and psnr(y, x)[1].item() == pytest.approx(40, abs=1e-4)
     values = ssim(y, x)
     assert values.shape == (3,) and values[0].item() == pytest.approx(1) and values[1] > 0.99 and values[2] < 0
-    with pytest.raises(NotAvailable, match="at least 6x6"):
-        ssim(x[..., :5], x[..., :5])
+    with pytest.raises(NotAvailable, match="at least 11x11"):
+        ssim(x[..., :10], x[..., :10])
+
+
+def test_ssim_is_the_papers():
+    """Equations 13 to 16 of Wang et al., window by window."""
+    x, y = torch.rand(2, 2, 2, 13, 12).double()
+    w = torch.exp(-((torch.arange(11) - 5.0).double() ** 2) / (2 * 1.5**2))
+    w = w[:, None] * w / w.sum() ** 2
+    c1, c2 = 0.01**2, 0.03**2
+    want = torch.zeros(2).double()
+    for n, c, i, j in np.ndindex(2, 2, 3, 2):
+        a, b = (t[n, c, i : i + 11, j : j + 11] for t in (x, y))
+        p, q = (w * a).sum(), (w * b).sum()
+        var, cov = (w * ((a - p) ** 2 + (b - q) ** 2)).sum(), (w * (a - p) * (b - q)).sum()
+        want[n] += (2 * p * q + c1) * (2 * cov + c2) / ((p**2 + q**2 + c1) * (var + c2)) / 12
+    torch.testing.assert_close(ssim(x, y), want, rtol=1e-6, atol=0)
+    flat = torch.full((1, 1, 11, 11), 0.5)
+    assert ssim(flat, flat / 2).item() == pytest.approx((2 * 0.125 + c1) / (0.25 + 0.0625 + c1), rel=1e-6)
 
 
 def test_what_cannot_be_had_is_said(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchmetrics.functional.image", None)
+    monkeypatch.setitem(sys.modules, "skimage.metrics", None)
     got = evaluate(Known(), batches(torch.rand(4, 1, 16, 16)))
-    assert got["ssim"].value is None and "torchmetrics cannot be imported" in got["ssim"].note
+    assert got["ssim"].value is None and "scikit-image cannot be imported" in got["ssim"].note
     assert got["psnr"].value == pytest.approx(20, abs=1e-4)
 
 
 def test_evaluate_a_vae(run):
-    library("torchmetrics")
     folder = run("vae")
     text = ok("evaluate", folder, "--samples", 50)
     about = json.loads((folder / "evaluate.json").read_text())
@@ -279,6 +292,14 @@ def test_evaluate_a_vae(run):
     ok("evaluate", folder, "--force", "--part", "train", "--samples", 0)
     about = json.loads((folder / "evaluate.json").read_text())
     assert about["images"] == 15 and about["samples"] is None
+
+
+def test_evaluate_some_of_the_images(run, images, monkeypatch):
+    seen = []
+    monkeypatch.setattr("aeup.models.VAE.log_likelihood", lambda self, x, k: seen.append(x) or x.sum((1, 2, 3)))
+    assert "8 images of" in ok("evaluate", run("vae"), "--part", "all", "-n", 8)
+    torch.testing.assert_close(torch.cat(seen), torch.from_numpy(images[[0, 2, 5, 7, 10, 12, 15, 17]]).float()[:, None])
+    assert "20 images of" in ok("evaluate", run("vae"), "--force", "--part", "all", "-n", 99)
 
 
 @pytest.mark.parametrize("case", ["ae-squared", "denoising-mask", "sparse", "contractive", "dcgan"])

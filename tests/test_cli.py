@@ -70,6 +70,8 @@ def test_train_and_resume(tmp_path, data):
     assert state["train"]["bf16"] is False and state["train"]["channels_last"] is False
     result = aeup("train", "vae", "--resume", run, "--epochs", 3)
     assert result.exit_code == 0 and "epoch 3/3" in result.output and "epoch 2/3" not in result.output
+    result = aeup("train", "vae", "--resume", run)
+    assert result.exit_code == 0 and "nothing left to train after 9 steps" in result.output
 
 
 def test_the_default_folder_is_named_after_the_model_and_the_time(tmp_path, data, monkeypatch):
@@ -93,7 +95,8 @@ def test_the_default_folder_is_named_after_the_model_and_the_time(tmp_path, data
         (["train", "vae", "--device", "cuda:99"], "CUDA devices"),
         (["train", "vae", "--resume", "run", "--seed", "1"], "cannot be combined with --seed"),
         (["train", "vae", "--resume", "run", "--set", "hidden=3"], "cannot be combined with --set"),
-        (["train", "vae", "--epochs", "2", "--steps", "3"], "--epochs or --steps, not both"),
+        (["train", "vae", "--epochs", "2", "--steps", "3"], "epochs or steps, not both: got epochs=2 and steps=3"),
+        (["train", "vae", "--epochs", "2", "--set", "steps=3"], "epochs or steps, not both"),
         (["train", "vae", "--set", "hidden"], "--set wants KEY=VALUE, got 'hidden'"),
         (["train", "vae", "--set", "hiden=3"], "vae has no option 'hiden'; it has image_size, "),
         (["train", "vae", "--set", "hidden=many"], "hidden must be int, got 'many'"),
@@ -101,12 +104,15 @@ def test_the_default_folder_is_named_after_the_model_and_the_time(tmp_path, data
         (["train", "dcgan", "--latent", "0"], "--latent"),
         (["train", "fcn", "--latent", "3"], "has no field 'latent_dim'; it has "),
         (["train", "vae", "--graph", "--device", "cpu"], "graph needs a CUDA device"),
-        (["train", "vae", "--set", "image_size=9,9", "--device", "cpu"], "the images of mnist5k have (28, 28)"),
+        (["train", "vae", "--set", "image_size=9"], "image_size must be tuple[int, int] | None, got '9'"),
+        (["train", "vae", "--config", "{toml}", "--data", "{data}"], "image_size=(9, 9) of the model, but the images"),
+        (["train", "vae", "--set", "in_channels=3", "--data", "{data}"], "in_channels=3 of the model, but the images"),
         (["train", "vae", "--memory", "-1"], "--memory"),
     ],
 )
-def test_wrong_usage_is_exit_code_2(args, says):
-    result = aeup(*args)
+def test_wrong_usage_is_exit_code_2(tmp_path, data, args, says):
+    (tmp_path / "run.toml").write_text("[model]\nimage_size = [9, 9]\n")
+    result = aeup(*(a.format(toml=tmp_path / "run.toml", data=data) for a in args))
     assert result.exit_code == 2 and says in result.output
 
 

@@ -142,8 +142,9 @@ def test_bad_npz_names_file_and_fault(tmp_path, arrays, says):
         load(str(tmp_path / "bad.npz"))
 
 
-def test_damaged_npz(tmp_path):
-    np.savez(tmp_path / "bad.npz", images=images())
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_damaged_npz(tmp_path, save):
+    save(tmp_path / "bad.npz", images=images())
     whole = (tmp_path / "bad.npz").read_bytes()
     for damaged in (b"", b"hello", whole[:-30], whole[:200] + b"\xff" * 4 + whole[204:]):
         (tmp_path / "bad.npz").write_bytes(damaged)
@@ -171,6 +172,7 @@ def test_folder(tmp_path, mode, channels):
         (lambda p: Image.new("RGB", (7, 5)).save(p), "b.png: 5x7 RGB, but .*a.png is 5x7 L"),
         (lambda p: Image.new("RGBA", (7, 5)).save(p), "b.png: mode RGBA, allowed are L, RGB"),
         (lambda p: p.write_bytes(b"no image"), "b.png: not a readable image"),
+        (lambda p: p.write_bytes((p.parent / "a.png").read_bytes()[:20]), "b.png: not a readable image"),
         (lambda p: p.write_bytes((p.parent / "a.png").read_bytes()[:-25]), "b.png: not a readable image"),
     ],
 )

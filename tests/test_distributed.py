@@ -7,6 +7,8 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,10 +17,12 @@ from click.testing import CliRunner
 from torch import nn
 from torch.nn import functional as F
 
+import aeup.data
 from aeup.cli import main
-from aeup.train import load_model
+from aeup.models import Sparse
+from aeup.train import ConfigError, connect, load_model, make_config, train
 from aeup.train.checkpoint import load_state
-from aeup.train.distributed import GlobalNoise, SyncBatchNorm, World
+from aeup.train.distributed import GlobalNoise, SyncBatchMean, SyncBatchNorm, World, synchronise
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -40,16 +44,16 @@ def environment(**more):
     return {**kept, "OMP_NUM_THREADS": "1", **more}
 
 
-def start(args, n=2):
-    """`n` processes as torchrun starts them, without its own start-up and its watch."""
+def start(*args, n=2):
+    """`n` processes of Python as torchrun starts them, without its own start-up and its watch."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    command = [sys.executable, "-m", "aeup", "train", *map(str, args), "--threads", "1", "--device", "cpu"]
     return [
         subprocess.Popen(
-            command,
+            [sys.executable, *map(str, args)],
+            cwd=Path(__file__).parent,
             env=environment(
                 RANK=str(i), WORLD_SIZE=str(n), LOCAL_RANK=str(i), MASTER_ADDR="127.0.0.1", MASTER_PORT=port
             ),
@@ -57,6 +61,10 @@ def start(args, n=2):
         )
         for i in range(n)
     ]
+
+
+def start_train(*args):
+    return start("-m", "aeup", "train", *args, "--threads", "1", "--device", "cpu")
 
 
 def finish(processes, timeout=120):
@@ -85,15 +93,15 @@ def assert_same_losses(a, b):
             assert x[part] == pytest.approx(y[part], rel=2e-5)
 
 
-def test_two_processes_have_the_losses_of_one_and_resume(tmp_path, data):
+def test_two_processes_go_on_with_the_losses_of_one(tmp_path, data):
     """The noise, batch norm, clipping and averaging run over both."""
     options = ["--clip", "50", "--ema", "0.9", "--schedule", "constant", "--batch-size", "12"]
     args = ["vae", "--data", data, *OPTIONS, *options]
-    for more in ([*args, "--epochs", "1", "--out"], ["vae", "--epochs", "2", "--resume"]):
-        both = start([*more, tmp_path / "both"])
-        errors = [err for _, err in finish(both)]
-        assert [p.returncode for p in both] == [0, 0], errors
     alone(*args, "--epochs", "2", "--out", tmp_path / "one")
+    alone(*args, "--epochs", "1", "--out", tmp_path / "both")
+    both = start_train("vae", "--epochs", "2", "--resume", tmp_path / "both")
+    errors = [err for _, err in finish(both)]
+    assert [p.returncode for p in both] == [0, 0], errors
     one, two = (load_state(tmp_path / run / "last.pt") for run in ("one", "both"))
     assert_same_losses(rows(tmp_path / "one"), rows(tmp_path / "both"))
     assert torch.equal(one["random"]["cpu"], two["random"]["cpu"])
@@ -101,7 +109,7 @@ def test_two_processes_have_the_losses_of_one_and_resume(tmp_path, data):
 
 def test_uneven_shares_under_torchrun(tmp_path, data):
     """48 training images in batches of 13, the last of 9: shares of 7 and 6, and of 5 and 4. One process writes."""
-    args = ["ae", "--data", data, *OPTIONS, "--batch-size", "13", "--epochs", "1"]
+    args = ["sparse", "--data", data, *OPTIONS, "--batch-size", "13", "--epochs", "1"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "aeup"]
     command = [*torchrun, "train", *args, "--device", "cpu", "--threads", "1", "--out", str(tmp_path / "both")]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
@@ -115,7 +123,7 @@ def test_uneven_shares_under_torchrun(tmp_path, data):
 
 def test_a_killed_process_ends_the_run_with_a_readable_checkpoint(tmp_path, data):
     run = tmp_path / "run"
-    both = start(["vae", "--data", data, *OPTIONS, "--epochs", "100000", "--out", run])
+    both = start_train("vae", "--data", data, *OPTIONS, "--epochs", "100000", "--out", run)
     try:
         deadline = time.monotonic() + 90
         while not (run / "samples.png").exists() and both[0].poll() is None and time.monotonic() < deadline:
@@ -131,11 +139,36 @@ def test_a_killed_process_ends_the_run_with_a_readable_checkpoint(tmp_path, data
     load_model(run / "last.safetensors")
 
 
-def test_a_wrong_setting_ends_all_processes(tmp_path, data):
-    both = start(["ae", "--data", data, "--batch-size", "1", "--out", tmp_path / "run"])
-    for (_, err), p in zip(finish(both), both, strict=True):
-        assert p.returncode == 2 and "batch_size=1 is less than the 2 processes" in err
-    assert not (tmp_path / "run").exists()
+def train_gan_and_segmentation(out, data):
+    """Batch norm in both players of a GAN and in a loss over pixels; a setting that is wrong in all processes; the mean
+    that the sparse model's penalty is of."""
+    random = np.random.default_rng(2)
+    digits = random.integers(0, 256, (60, 1, 28, 28), np.uint8), random.integers(0, 10, 60)
+    small = dict(epochs=1, batch_size=13, tensorboard=False)
+    with pytest.MonkeyPatch.context() as patch, connect(torch.device("cpu")) as world:
+        patch.setattr(aeup.data, "read_mnist5k", lambda: digits)
+        patch.setattr(aeup.data, "SCENES", 60)
+        gan = {"width": 4, "latent_dim": 5}
+        train(make_config("dcgan", data=data, image_size=(8, 8), options=gan, **small), Path(out, "dcgan"))
+        net = {"channels": (4, 4, 4, 4, 4)}
+        train(make_config("fcn", image_size=(32, 32), options=net, **small), Path(out, "fcn"))
+        if world.size > 1:
+            with pytest.raises(ConfigError, match="batch_size=1 is less than the 2 processes"):
+                train(make_config("ae", data=data, batch_size=1), Path(out, "ae"))
+            model, x = Sparse(), torch.arange(7.0)[:, None]
+            synchronise(model, world)
+            assert model.mean(x[world.shard(torch.arange(7))]) == 3 and world.offset(7) in (0, 4)
+
+
+def test_models_with_batch_norm_and_a_wrong_setting(tmp_path, data):
+    code = "import sys, test_distributed as t; t.train_gan_and_segmentation(*sys.argv[1:])"
+    both = start("-c", code, tmp_path / "both", data)
+    errors = [err for _, err in finish(both)]
+    assert [p.returncode for p in both] == [0, 0], errors
+    train_gan_and_segmentation(tmp_path / "one", data)
+    for name in ("dcgan", "fcn"):
+        assert_same_losses(rows(tmp_path / "one" / name), rows(tmp_path / "both" / name))
+    assert not (tmp_path / "both" / "ae").exists()
 
 
 DRAWS = [
@@ -178,6 +211,23 @@ def test_noise_of_another_shape_is_alike_and_gradients_pass():
         x = torch.ones(2, 50, requires_grad=True)
         F.dropout(x, 0.5).sum().backward()
     assert set(x.grad.unique().tolist()) == {0.0, 2.0}
+
+
+def test_batch_mean_of_two_shares_and_its_gradient():
+    x = torch.rand(7, 3)
+    mean = x.mean(0)
+    for mine, other in ((x[:4], x[4:]), (x[4:], x[:4])):
+        # What the other process adds to the sums, and to the gradient of (mean ** 2).sum() weighted by its share.
+        sums = torch.cat([other.sum(0), torch.tensor([float(len(other))])])
+        gradient = torch.cat([len(other) / 7 * 2 * mean / 7, torch.zeros(1)])
+        added = iter([sums, gradient])
+        layer = SyncBatchMean(SimpleNamespace(sum_=lambda t, added=added: t.add_(next(added))))
+        leaf = mine.clone().requires_grad_()
+        got = layer(leaf)
+        torch.testing.assert_close(got, mean)
+        (got.square().sum() * len(mine) / 7).backward()
+        torch.testing.assert_close(leaf.grad, (2 * mean / 7).expand_as(leaf))
+        assert torch.equal(layer.eval()(mine), mine.mean(0))
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])

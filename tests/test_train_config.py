@@ -8,7 +8,7 @@ import pytest
 
 from aeup.models import DCGAN, MODELS, VAE
 from aeup.train import ConfigError, TrainConfig, make_config
-from aeup.train.config import convert, parse_set
+from aeup.train.config import convert, field_types, parse_set
 
 
 def write(path, text):
@@ -128,9 +128,11 @@ def test_values_of_a_wrong_type_are_refused(key, value):
         convert(Every, key, value)
 
 
-def test_set_names_fields_of_the_model_before_those_of_the_run():
-    given = parse_set("vae", ["latent_dim=3", "seed=5", "upsample=bilinear"])
-    assert given == {"options": {"latent_dim": 3, "upsample": "bilinear"}, "seed": 5}
+def test_set_names_fields_of_the_run_and_of_the_model():
+    given = parse_set("vae", ["latent_dim=3", "seed=5", "upsample=bilinear", "image_size=9,8"])
+    assert given == {"options": {"latent_dim": 3, "upsample": "bilinear"}, "seed": 5, "image_size": (9, 8)}
+    for model in MODELS.values():  # one name only means two things: the images' size, and what follows from it
+        assert field_types(model.Config).keys() & field_types(TrainConfig).keys() == {"image_size"}
     for pair in ("model=ae", "options=x", "nothing=1"):
         with pytest.raises(ConfigError, match="vae has no option"):
             parse_set("vae", [pair])

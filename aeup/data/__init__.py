@@ -65,6 +65,7 @@ def load(
 
     Raises:
         DataError: the images are missing or damaged; the message names the file.
+        ValueError: `validation` is not between 0 and 1, or `size` no square for scenes.
     """
     if not 0 < validation < 1:
         raise ValueError(f"validation must be between 0 and 1 (exclusive), got {validation}")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +37,8 @@ class Folder:
             raise DataError(f"{folder}: no images in this folder (looked for {', '.join(SUFFIXES)})")
         first = None
         for path in paths:
-            mode, (h, w) = _header(path)
+            with _opened(path) as image:
+                mode, h, w = image.mode, image.height, image.width
             if mode not in MODES:
                 raise DataError(f"{path}: mode {mode}, allowed are {', '.join(MODES)}: convert the image")
             first = first or (mode, h, w)
@@ -53,15 +57,10 @@ class Folder:
         return len(self.paths)
 
     def __getitem__(self, i: int) -> torch.Tensor:
-        from PIL import Image
-
         path = self.paths[i]
-        try:
-            with Image.open(path) as image:
-                array = np.array(image)
-                same = image.mode == self.mode and array.shape[:2] == self.size
-        except (OSError, SyntaxError, Image.DecompressionBombError) as e:
-            raise DataError(f"{path}: not a readable image ({e})") from e
+        with _opened(path) as image:
+            array = np.array(image)
+            same = image.mode == self.mode and array.shape[:2] == self.size
         if not same:
             raise DataError(f"{path}: changed since the folder was opened")
         return torch.from_numpy(array.reshape(*self.size, MODES[self.mode])).permute(2, 0, 1).contiguous()
@@ -78,11 +77,13 @@ class Folder:
         return out
 
 
-def _header(path: Path) -> tuple[str, tuple[int, int]]:
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """The image in a file, for Pillow to decode inside."""
     from PIL import Image
 
     try:
         with Image.open(path) as image:
-            return image.mode, (image.height, image.width)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as e:
+            yield image
+    except Exception as e:  # Pillow has many kinds for damaged files
         raise DataError(f"{path}: not a readable image ({e})") from e

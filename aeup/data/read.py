@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -66,8 +65,10 @@ def read_npz(path: Path) -> Arrays:
             if key is None:
                 raise DataError(f"{path}: none of the arrays {names} is named one of {NPZ_KEYS}")
             return as_nchw(file[key], path), None
-    except (OSError, EOFError, zipfile.BadZipFile, ValueError) as e:
-        raise e if isinstance(e, DataError) else DataError(f"{path}: not a readable .npz file ({e})") from e
+    except DataError:
+        raise
+    except Exception as e:  # of zip archives, their compression and numpy's header: many kinds
+        raise DataError(f"{path}: not a readable .npz file ({e})") from e
 
 
 def read_path(data: str) -> Arrays:

@@ -73,6 +73,14 @@ class Model(nn.Module):
         return next(self.parameters())
 
 
+class BatchMean(nn.Module):
+    """[N, ...] -> [...]: the mean over the images of the batch, also where many processes hold a share of it each (in
+    training: `aeup.train.distributed` sees to that). For a loss that is more than a mean of the images' own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(0)
+
+
 def check_choice(name: str, value: object, allowed: tuple) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {allowed}, got {value!r}")

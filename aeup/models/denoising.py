@@ -33,7 +33,6 @@ class Denoising(Autoencoder):
 
     name = "denoising"
     Config = DenoisingConfig
-    objective = "reconstruction"
 
     def __init__(self, config: DenoisingConfig | None = None) -> None:
         super().__init__(config)

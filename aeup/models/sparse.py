@@ -6,8 +6,6 @@ Minimise L(x, g(f(x))) + weight * penalty, with one of
          rho_j the mean of unit j over the batch and rho the target (A. Ng, Sparse autoencoder, CS294A notes, 2011;
          H. Lee, C. Ekanadham, A. Ng, NIPS 2007);
     l1   the mean over the images of sum_j |h_j|.
-
-With many devices rho_j is the mean over each device's part of the batch.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ import torch
 from torch import Tensor
 
 from aeup.models.autoencoder import Autoencoder, AutoencoderConfig
-from aeup.models.base import check_choice, check_real
+from aeup.models.base import BatchMean, check_choice, check_real
 
 PENALTIES = ("kl", "l1")
 
@@ -43,6 +41,7 @@ class Sparse(Autoencoder):
         check_choice("penalty", self.config.penalty, PENALTIES)
         check_real("target", self.config.target, 0.0, 1.0, strict=True)
         check_real("weight", self.config.weight)
+        self.mean = BatchMean()
 
     def encode(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> code [N, latent_dim] in (0, 1)."""
@@ -53,7 +52,7 @@ class Sparse(Autoencoder):
         code = self.encode(x)
         reconstruction = self.reconstruction(self.decode(code), x)
         code = code.to(x.dtype)
-        penalty = self.kl(code.mean(0)) if self.config.penalty == "kl" else code.sum() / len(x)
+        penalty = self.kl(self.mean(code)) if self.config.penalty == "kl" else code.sum() / len(x)
         return {
             "loss": reconstruction + self.config.weight * penalty,
             "reconstruction": reconstruction,

@@ -13,6 +13,7 @@ Each kind has its own format number, which rises when an older aeup could no lon
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -46,11 +47,11 @@ def write_atomic(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as e:
-        temporary.unlink(missing_ok=True)
-        raise OSError(e.errno, e.strerror, str(path)) from e  # a write's error does not name the file
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as e:
+        with contextlib.suppress(OSError):  # not there, or not to be changed
+            temporary.unlink()
+        if isinstance(e, OSError):
+            raise OSError(e.errno, e.strerror, str(path)) from e  # a write's error does not name the file
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -91,14 +92,18 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> nn.Modul
         raise CheckpointError(f"{path}: not a readable safetensors file ({e})") from e
     if "aeup" not in metadata or "sha256" not in metadata:
         raise CheckpointError(f"{path}: safetensors file, but not an aeup checkpoint (no aeup entry in its metadata)")
-    about = json.loads(metadata["aeup"])
+    try:
+        about = json.loads(metadata["aeup"])
+    except ValueError as e:
+        raise CheckpointError(f"{path}: damaged: its metadata is not JSON ({e})") from e
     _check(path, about, MODEL_FORMAT)
     if digest(tensors) != metadata["sha256"]:
         raise CheckpointError(f"{path}: damaged: the weights do not match their checksum")
     try:
         model = build_model(about["model"], about["config"])
-    except (TypeError, ValueError) as e:
-        raise CheckpointError(f"{path}: its configuration does not fit the {about['model']} model ({e})") from e
+    except (KeyError, TypeError, ValueError) as e:
+        fault = f"its configuration does not fit the {about['model']} model"
+        raise CheckpointError(f"{path}: {fault} ({type(e).__name__}: {e})") from e
     _load_weights(path, model, tensors)
     return model.to(device).eval()
 

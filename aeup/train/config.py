@@ -44,7 +44,7 @@ class TrainConfig:
     image_size: tuple[int, int] | None = None  # the images are resampled to this height and width
     epochs: int = 30
     steps: int | None = None  # instead of epochs; the last epoch is cut short
-    batch_size: int = 64  # over all processes
+    batch_size: int = 64  # over all processes; with batch norm a last batch of one image is left out
     lr: float = 3e-3
     betas: tuple[float, float] = (0.9, 0.999)
     warmup: int = 100  # steps of linear warm-up
@@ -104,8 +104,9 @@ def make_config(model: str, file: str | Path | None = None, **given: Any) -> Tra
         given: fields of `TrainConfig`; ``options`` holds fields of the model's ``Config``. They win over the file.
 
     Raises:
-        ConfigError: an unknown key, or a value of a wrong type.
+        ConfigError: an unknown key, a value of a wrong type, or both epochs and steps.
     """
+    check_length(given)
     defaults = dict(MODELS[model].defaults)
     train, options = ({}, {}) if file is None else read_config(file, model)
     options |= given.pop("options", {})
@@ -118,6 +119,11 @@ def make_config(model: str, file: str | Path | None = None, **given: Any) -> Tra
         **{k: convert(TrainConfig, k, v) for k, v in fields.items()},
         options={k: convert(MODELS[model].Config, k, v) for k, v in options.items()},
     )
+
+
+def check_length(given: typing.Mapping[str, Any]) -> None:
+    if {"epochs", "steps"} <= given.keys():
+        raise ConfigError(f"give epochs or steps, not both: got epochs={given['epochs']} and steps={given['steps']}")
 
 
 def read_config(file: str | Path, model: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -145,17 +151,20 @@ def read_config(file: str | Path, model: str) -> tuple[dict[str, Any], dict[str,
 
 
 def parse_set(model: str, pairs: typing.Iterable[str]) -> dict[str, Any]:
-    """``KEY=VALUE`` texts to keywords of `make_config`: fields of the model's ``Config`` first, then of TrainConfig."""
+    """``KEY=VALUE`` texts to keywords of `make_config`: fields of TrainConfig or of the model's ``Config``.
+
+    ``image_size`` is that of TrainConfig: the images decide for which size a model is built.
+    """
     given: dict[str, Any] = {"options": {}}
     own, common = field_types(MODELS[model].Config), field_types(TrainConfig)
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals:
             raise ConfigError(f"--set wants KEY=VALUE, got {pair!r}")
-        if key in own:
-            given["options"][key] = convert(MODELS[model].Config, key, text)
-        elif key in common and key not in ("model", "options"):
+        if key in common and key not in ("model", "options"):
             given[key] = convert(TrainConfig, key, text)
+        elif key in own:
+            given["options"][key] = convert(MODELS[model].Config, key, text)
         else:
             raise ConfigError(f"{model} has no option {key!r}; it has {_names(own)}; and of the run: {_names(common)}")
     return given

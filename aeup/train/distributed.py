@@ -3,12 +3,12 @@
 Every process holds the model and takes its share of each batch. The gradients of the shares are summed, so that the
 step is that of one process with the whole batch: the loss is the mean over the whole batch, also where the shares
 differ by an image; batch norm takes its statistics over it (Ioffe & Szegedy, arXiv 1502.03167, with the sums taken
-over all processes); and the noise of an image is that which one process would draw for it. A last batch with fewer
-images than processes is left out. A loss that is no mean over images, such as the sparse autoencoder's penalty on the
-mean activation, is taken of each share.
+over all processes), and so does the mean activation that the sparse autoencoder's penalty is made of; and the noise
+of an image is that which one process would draw for it. A last batch with fewer images than processes is left out.
 
-The gradients are summed in one call after the backward, not by torch's DistributedDataParallel: that does not
-work with ``torch.autograd.grad`` in a loss, and knows one loss a model.
+This is more than torch's DistributedDataParallel does: it leaves each process its own batch statistics and noise
+(``torch.nn.SyncBatchNorm`` must be asked for, and runs on GPUs only), does not work with ``torch.autograd.grad`` in a
+loss, and knows one loss a model. So the gradients are summed here, in one call after the backward.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from aeup.models.base import BatchMean
 from aeup.train.config import ConfigError, TrainingError
 
 
@@ -213,14 +214,31 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         return y.to(x.dtype)
 
 
+class SyncBatchMean(BatchMean):
+    """The mean over the shares of all processes."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__()
+        self.world = world
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return super().forward(x)
+        sums = _Sum.apply(torch.cat([x.sum(0).flatten(), x.new_full((1,), len(x))]), self.world)
+        return (sums[:-1] / sums[-1]).view(x.shape[1:])
+
+
 def synchronise(model: nn.Module, world: World) -> None:
-    """Batch norms over all processes, and the first process's weights everywhere. Names in state_dict stay."""
+    """Batch norms and batch means over all processes, and the first process's weights everywhere. Names in state_dict
+    stay."""
     if world.size == 1:
         return
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.modules.batchnorm._BatchNorm) and not isinstance(child, SyncBatchNorm):
                 setattr(module, name, SyncBatchNorm(child, world))
+            elif type(child) is BatchMean:
+                setattr(module, name, SyncBatchMean(world))
     with _peers():
         for tensor in [*model.parameters(), *model.buffers()]:
             dist.broadcast(tensor.detach(), src=0)

@@ -28,9 +28,9 @@ from aeup.train.checkpoint import (
     save_state,
     write_atomic,
 )
-from aeup.train.config import CHANGEABLE, ConfigError, TrainConfig, TrainingError, field_types
+from aeup.train.config import CHANGEABLE, ConfigError, TrainConfig, TrainingError, check_length, field_types
 from aeup.train.distributed import PeerError, World, current, synchronise
-from aeup.train.outputs import Outputs
+from aeup.train.outputs import Outputs, event_writer
 from aeup.train.progress import Bar, describe
 from aeup.train.step import Step
 
@@ -92,13 +92,25 @@ def train(
         except KeyboardInterrupt as e:
             saved = f"stopped in epoch {run.saved + 1}; {run.held()}" if run else "stopped before the first step"
             raise Interrupted(saved, getattr(e, "signum", signal.SIGINT)) from None
-        except PeerError as e:
-            held = f"; {run.held()}" if run else ""
-            raise TrainingError(f"another process of this run ended or cannot be reached ({e}){held}") from e
+        except (RuntimeError, ValueError) as e:
+            if (reason := _reason(e)) is None:
+                raise
+            raise TrainingError(f"{reason} ({one_line(e)})" + (f"; {run.held()}" if run else "")) from e
         finally:
             if run is not None:
                 run.outputs.close()
     return run.history
+
+
+def _reason(e: Exception) -> str | None:
+    """What the errors mean that the model and the data have not made themselves."""
+    if isinstance(e, PeerError):
+        return "another process of this run ended or cannot be reached"
+    if "DataLoader worker" in str(e):  # torch raises it from a signal handler, wherever training is just then
+        return "a process that loads images ended"
+    if "Expected more than 1 value per channel" in str(e):
+        return "a norm has one value a channel to train on: take more images a batch, larger ones, or norm=none"
+    return None
 
 
 def _begin(
@@ -110,6 +122,7 @@ def _begin(
         state = load_state(out / "last.pt")
         if unknown := set(changes) - set(CHANGEABLE):
             raise ConfigError(f"with resume only {', '.join(CHANGEABLE)} can be given, got {', '.join(unknown)}")
+        check_length(changes)
         if "epochs" in changes:
             changes = {"steps": None, **changes}
         try:
@@ -125,7 +138,8 @@ def _begin(
         if changes:
             raise TypeError(f"only with resume: {', '.join(changes)}")
         if world.first and out.is_dir() and any(out.iterdir()):
-            raise FileExistsError(f"{out} is not empty: choose another folder, or resume the run in it")
+            also = ", or resume the run in it" if (out / "last.pt").exists() else ""
+            raise FileExistsError(f"{out} is not empty: choose another folder{also}")
     gpu = world.device.type == "cuda"
     if config.graph and not gpu:
         raise ConfigError(f"graph needs a CUDA device, the run is on {world.device}")
@@ -150,21 +164,27 @@ class Run:
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)
         synchronise(self.model, world)
-        self.step_ = Step(self.model, config, world)
-        self.batches = [b for b in torch.arange(len(self.train)).split(config.batch_size) if len(b) >= world.size]
-        if not self.batches:
+        self.take_step = Step(self.model, config, world)
+        if len(self.train) < world.size:
             raise ConfigError(f"{config.data}: {len(self.train)} training images for {world.size} processes")
+        # One image, left over, would give batch norm no statistics to speak of, or none at all.
+        normed = any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in self.model.modules())
+        least = max(world.size, 2 if normed and config.batch_size > 1 else 1)
+        self.batches = list(torch.arange(len(self.train)).split(config.batch_size))
+        if len(self.batches) > 1 and len(self.batches[-1]) < least:
+            self.batches.pop()
         self.steps = config.steps or config.epochs * len(self.batches)
         self.epochs = -(-self.steps // len(self.batches))
         self.step, self.best, self.history = 0, math.inf, []
         self.saved = 0  # the epoch that last.pt holds
+        writer = event_writer(config.tensorboard if world.first else False)
         if state is not None:
             self._restore(state)
         elif world.first:  # only now: a run that cannot start leaves no folder
             out.mkdir(parents=True, exist_ok=True)
             self._write_config()
             self._save("last")
-        self.outputs = Outputs(out, config.tensorboard if world.first else False, self.step)
+        self.outputs = Outputs(out, writer, self.step)
         if state is not None and world.first:
             self.outputs.metrics(self.history)
 
@@ -188,7 +208,8 @@ class Run:
         for key, value in shape.items():
             given = config.options.get(key, value)
             if (tuple(given) if isinstance(given, list) else given) != value:
-                raise ConfigError(f"{key}={given} of the model, but the images of {config.data} have {value}")
+                hint = "; --image-size resamples them" if key == "image_size" else ""
+                raise ConfigError(f"{key}={given} of the model, but the images of {config.data} have {value}{hint}")
         try:
             return build_model(config.model, {**config.options, **shape})
         except (TypeError, ValueError) as e:
@@ -202,7 +223,7 @@ class Run:
     @property
     def judged(self) -> Model:
         """The model that is validated, pictured and saved for use."""
-        return self.step_.average or self.model
+        return self.take_step.average or self.model
 
     def held(self) -> str:
         return f"{self.out / 'last.pt'} holds epoch {self.saved}"
@@ -213,6 +234,8 @@ class Run:
         where = str(self.device) if self.world.size == 1 else f"{self.world.size} processes, {self.device.type}"
         text = f"{self.config.model}: {n:,} parameters; {self.config.data}: {counts}; {where}; {self.out}"
         self.console.print(text, highlight=False, soft_wrap=True)
+        if self.step == self.steps:
+            self.console.print(f"nothing left to train after {self.steps} steps: give more --epochs or --steps")
         with Bar(self.console, self.epochs) as bar:
             while self.step < self.steps:
                 row = self._train_epoch(bar)
@@ -234,15 +257,16 @@ class Run:
         shares = [self.world.shard(b) for b in batches]
         for i, (x, target) in enumerate(self.train(shares)):
             share = len(x) / sizes[i] if self.world.size > 1 else 1.0
-            pending.append(self.step_(x, target, sizes[i], first + i, self.steps) * share)
+            pending.append(self.take_step(x, target, sizes[i], first + i, self.steps) * share)
             seen += sizes[i]
             if (i + 1) % every == 0 or i + 1 == len(batches):
                 new = self.world.sum_(torch.stack(pending)).tolist()
                 for values in new:
-                    self._check_batch(dict(zip(self.step_.names, values, strict=True)), first + len(losses), batches)
+                    named = dict(zip(self.take_step.names, values, strict=True))
+                    self._check_batch(named, first + len(losses), batches)
                     losses.append(values)
                 pending.clear()
-                bar.step(seen, dict(zip(self.step_.names, new[-1], strict=True)))
+                bar.step(seen, named)
         self.step += len(batches)
         weights = torch.tensor(sizes, dtype=torch.float64) / sum(sizes)
         means = (torch.tensor(losses, dtype=torch.float64) * weights[:, None]).sum(0).tolist()
@@ -253,7 +277,7 @@ class Run:
             "lr": self.config.lr_at(self.step - 1, self.steps),
             "seconds": round(seconds, 3),
             "images_per_second": round(sum(sizes) / seconds, 1),
-            "train": dict(zip(self.step_.names, means, strict=True)),
+            "train": dict(zip(self.take_step.names, means, strict=True)),
         }
 
     def _order(self, epoch: int) -> torch.Tensor:
@@ -307,7 +331,7 @@ class Run:
 
     def _check_finite(self, losses: dict[str, float], where: str) -> None:
         if not all(map(math.isfinite, losses.values())):
-            raise TrainingError(f"{where}: {describe(losses)} is not finite; try a lower --lr; {self.held()}")
+            raise TrainingError(f"{where}: {describe(losses)} is not finite; try a lower --lr or --clip; {self.held()}")
 
     # The folder.
 
@@ -326,7 +350,7 @@ class Run:
             "history": self.history,
             "weights": self.model.state_dict(),
             "random": random,
-            **self.step_.state(),
+            **self.take_step.state(),
         }
         save_state(self.out / f"{name}.pt", state)
         if name == "last":
@@ -343,7 +367,7 @@ class Run:
             )
         try:
             self.model.load_state_dict(state["weights"])
-            self.step_.load_state(state)
+            self.take_step.load_state(state)
             torch.set_rng_state(state["random"]["cpu"])
             if self.device.type == "cuda" and "cuda" in state["random"]:
                 torch.cuda.set_rng_state(state["random"]["cuda"], self.device)

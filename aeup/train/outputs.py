@@ -15,28 +15,39 @@ from PIL import Image
 
 from aeup.models import Model
 from aeup.train.checkpoint import write_atomic
+from aeup.train.config import ConfigError
 from aeup.train.pictures import write_curves, write_pictures
 
 CURVES_EVERY = 30.0  # seconds between drawings of the curves, which take part of one
 
 
+def event_writer(wanted: bool | None) -> type | None:
+    """TensorBoard's writer of event files, if it is wanted; None: where the package is installed.
+
+    Raises:
+        ConfigError: it cannot be imported.
+    """
+    if wanted is None:
+        wanted = importlib.util.find_spec("tensorboard") is not None
+    if not wanted:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as e:
+        raise ConfigError(f'event files need tensorboard ({e}): pip install "aeup[train]", or --no-tensorboard') from e
+    return SummaryWriter
+
+
 class Outputs:
     """Writes into the run's folder ``out`` after each epoch.
 
-    Files: ``metrics.jsonl``, one row an epoch; the model's pictures and ``losses.png``; ``tensorboard/`` where the
-    package is installed, or as told.
+    Files: ``metrics.jsonl``, one row an epoch; the model's pictures and ``losses.png``; ``tensorboard/``, by `writer`.
     """
 
-    def __init__(self, out: Path, tensorboard: bool | None, step: int) -> None:
+    def __init__(self, out: Path, writer: type | None, step: int) -> None:
         self.out, self.drawn = out, -math.inf
-        self.events = None
-        if tensorboard is None:
-            tensorboard = importlib.util.find_spec("tensorboard") is not None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            purge = step + 1 if step else None  # what a stopped run wrote after its last checkpoint
-            self.events = SummaryWriter(out / "tensorboard", purge_step=purge)
+        purge = step + 1 if step else None  # what a stopped run wrote after its last checkpoint
+        self.events = None if writer is None else writer(out / "tensorboard", purge_step=purge)
 
     def metrics(self, history: list[dict[str, Any]]) -> None:
         lines = "".join(json.dumps(row) + "\n" for row in history)
