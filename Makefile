@@ -6,6 +6,8 @@ PY := .venv/bin/python
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 # Without a GPU the CUDA sources are still compiled and linked where nvcc is found, for one architecture.
 GPU := $(shell nvidia-smi -L 2>/dev/null)
+# Tests run in a process a core, up to four (`make test WORKERS=` for one); those that measure on a GPU have it alone.
+WORKERS ?= $(if $(GPU),,-n logical --maxprocesses 4 --dist loadfile)
 # OpenMP threads that spin while they wait stall each other where the cores are busy with other work.
 export OMP_WAIT_POLICY ?= passive
 export TORCH_CUDA_ARCH_LIST ?= $(if $(GPU),,9.0)
@@ -15,7 +17,7 @@ demo: .venv/.train
 	$(PY) -m aeup train vae
 
 test: .venv/.test
-	$(PY) -m pytest tests
+	$(PY) -m pytest tests $(WORKERS)
 
 check: .venv/.test
 	$(PY) -m ruff check .

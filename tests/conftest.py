@@ -1,5 +1,17 @@
+import os
+
 import pytest
 import torch
+
+os.environ["AEUP_TUNED"] = ""  # no user's tuned table
+
+
+def pytest_configure(config):
+    """Under pytest-xdist the processes share the processors."""
+    if hasattr(config, "workerinput"):
+        threads = max(1, torch.get_num_threads() // config.workerinput["workercount"])
+        torch.set_num_threads(threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # of the processes that tests start
 
 
 @pytest.fixture
@@ -19,3 +31,15 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def inductor():
+    """torch.compile with Inductor, which needs a C++ compiler."""
+    from torch._inductor import cpp_builder, exc
+
+    torch._dynamo.reset()
+    try:
+        cpp_builder.get_cpp_compiler()
+    except exc.InvalidCxxCompiler as e:
+        pytest.skip(f"Inductor has no C++ compiler: {e}")

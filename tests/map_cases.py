@@ -8,6 +8,8 @@ from cases import DTYPES, LAYOUTS
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from aeup.ops.epilogue import activation_gradient
+
 ACTIVATIONS = (None, "relu", ("leaky_relu", 0.2), "silu", "gelu", "tanh", "sigmoid")
 DRAWN = {  # for hypothesis: what is drawn beside a case
     "dtype": st.sampled_from(DTYPES),
@@ -53,6 +55,18 @@ def run(fn, case, tensors, activation=None, **more):
     leaves = [t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in (x, w, b)]
     y = fn(*leaves, **case.kwargs, activation=activation, **more)
     return y, *torch.autograd.grad(y, leaves, grad)
+
+
+def of_own_output(case, tensors, got, exact, theirs, activation):
+    """`exact` and `theirs` (results of run) with the gradients that an activation has at our own output, where it is
+    made of the output: relu switches at 0, and outputs near 0 differ in sign by rounding."""
+    if activation in (None, "silu", "gelu"):
+        return exact, theirs
+    name, slope = activation if isinstance(activation, tuple) else (activation, 0.01)
+    x, w, b, grad = (t.double() for t in tensors)
+    ours = run(case.by_torch, case, (x, w, b, activation_gradient(grad, got[0].detach().double(), name, slope)))[1:]
+    shifted = [t.double() + o - e for t, o, e in zip(theirs[1:], ours, exact[1:], strict=True)]
+    return (exact[0], *ours), (theirs[0], *shifted)
 
 
 def gradients_where(needs, fn, tensors, grad=None):

@@ -13,7 +13,6 @@ class MapOp:
 
     arguments: of the registered forward, for input [2, 4, 3, 4] and kernel 3x2; `few` of them for what takes long;
     `transformed`: for input [.., 4, 3, 5] and kernel 3x3. fast_mode: gradcheck's, for the many activations.
-    tolerance: of float32 gradients where the compiled graph and the eager call take other kernels.
     """
 
     def __str__(self):
@@ -57,7 +56,6 @@ class ConvTranspose(MapOp):
     by_torch = staticmethod(conv_cases.by_torch)
     takes_unbatched = True
     fast_mode = False
-    tolerance = {}
     arguments = (  # stride, padding, output_padding, groups, dilation
         ((2, 1), (1, 0), (1, 0), 1, (1, 1)),
         ((1, 1), (0, 0), (0, 0), 2, (1, 2)),
@@ -90,7 +88,6 @@ class UpsampleConv(MapOp):
     by_torch = staticmethod(upsample_conv_cases.by_torch)
     takes_unbatched = False
     fast_mode = True
-    tolerance = {"rtol": 1e-4, "atol": 1e-4}
     arguments = (  # size, mode, align_corners, scale_h, scale_w, padding, groups
         ((6, 8), "nearest", False, 2.0, 2.0, (1, 0), 1),
         ((9, 8), "nearest-exact", False, None, None, (0, 3), 2),

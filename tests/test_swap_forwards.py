@@ -1,6 +1,7 @@
 """aeup.swap on modules that call F.interpolate themselves: the same forward but for its calls."""
 
 import copy
+import functools
 import importlib
 import linecache
 
@@ -44,6 +45,7 @@ class Several(nn.Module):
     def __init__(self):
         super().__init__()
         self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.convs = nn.ModuleList([self.conv])
 
     def forward(self, x):
         y = F.interpolate(x, scale_factor=2)
@@ -74,6 +76,31 @@ class Several(nn.Module):
         x = torch.relu(self.conv(torch.neg(x)))
         return x
 
+    def indexed(self, x):
+        for i in range(2):
+            x = self.convs[-i](F.interpolate(x, scale_factor=2))
+        return x
+
+    def local(self, x):
+        layer = self.conv
+        x = F.interpolate(x, scale_factor=2)
+        x = layer(self.conv(x))
+        return x
+
+
+class Others(nn.Module):
+    """Calls that take an interpolate's result alone, but not at the lower resolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.act = nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), torch.tanh
+
+    def forward(self, x):
+        x = self.act(F.interpolate(x, scale_factor=2))
+        x = self.norm(F.interpolate(x, None, 1.5, "nearest"))
+        x = self.conv(F.interpolate(x, (9, 7), None, "bilinear", False, None, True))
+        return self.conv(F.interpolate(x, scale_factor=1.3, recompute_scale_factor=True))
+
 
 class Shadowed(nn.Module):
     def forward(self, x):
@@ -100,6 +127,21 @@ class Decorated(nn.Module):
         return F.interpolate(x, scale_factor=2)
 
 
+class Cached(nn.Module):
+    @functools.cache  # noqa: B019
+    def forward(self, x):
+        return F.interpolate(x, scale_factor=2)
+
+
+class Steps(nn.Module):
+    def forward(self, x):
+        yield F.interpolate(x, scale_factor=2)
+
+
+class Short(nn.Module):
+    forward = lambda self, x: F.interpolate(x, scale_factor=2)  # noqa: E731
+
+
 def test_a_rewritten_forward_is_the_same_function_but_for_its_calls(monkeypatch):
     found = rewrite(Derived.forward, True)
     assert found.calls == ("F.interpolate", "F.interpolate") and found.pairs == ("conv",)
@@ -117,7 +159,7 @@ def test_a_rewritten_forward_is_the_same_function_but_for_its_calls(monkeypatch)
     assert derive(Derived, "pairs") is type(model) and type(model).__name__ == "Derived"
 
 
-@pytest.mark.parametrize("name", ["forward", "tried", "kept", "twice", "used"])
+@pytest.mark.parametrize("name", ["forward", "tried", "kept", "twice", "used", "indexed", "local"])
 def test_only_what_the_code_proves_is_joined(name):
     cls = type("Several", (Several,), {"forward": getattr(Several, name)})
     model, x = cls().double(), torch.randn(1, 3, 4, 5, dtype=torch.float64)
@@ -127,16 +169,27 @@ def test_only_what_the_code_proves_is_joined(name):
     close([model(x)], [before])
 
 
-def test_a_source_that_is_not_what_runs(tmp_path, monkeypatch):
+def test_what_takes_no_lower_resolution():
+    model, x = Others().double(), torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    plain = copy.deepcopy(model)
+    report = swap(model)
+    assert [(r.status, r.now) for r in report.rows] == [("replaced", "aeup for F.interpolate (4 times)")]
+    close([model(x)], [plain(x)])
+
+
+@pytest.mark.parametrize(
+    ("edit", "reason"), [("F.interpolate(x, scale_factor=3)", "is not what runs"), ("(", "cannot be read")]
+)
+def test_a_source_that_is_not_what_runs(tmp_path, monkeypatch, edit, reason):
     text = "from torch import nn\nimport torch.nn.functional as F\nclass Model(nn.Module):\n    def forward(self, x):\n"
-    path = tmp_path / "aeup_edited_model.py"
+    path = tmp_path / f"aeup_edited_model_{len(edit)}.py"
     path.write_text(text + "        return F.interpolate(x, scale_factor=2)\n")
     monkeypatch.syspath_prepend(tmp_path)
-    model = importlib.import_module("aeup_edited_model").Model()
-    path.write_text(text + "        return F.interpolate(x, scale_factor=3)\n")
+    model = importlib.import_module(path.stem).Model()
+    path.write_text(text + f"        return {edit}\n")
     linecache.checkcache()
     report = swap(model)
-    assert "its source is not what runs" in report.left[0].reason and not report.replaced
+    assert f"its source {reason}" in report.left[0].reason and not report.replaced
     assert model(torch.ones(1, 1, 2, 2)).shape == (1, 1, 4, 4)
 
 
@@ -166,7 +219,14 @@ def test_a_class_that_refuses_subclasses():
 
 def test_forwards_that_are_left():
     x = torch.randn(1, 3, 4, 4)
-    for cls, reason in ((Private, "private to its class"), (Curious, "own variables"), (Decorated, "decorated")):
+    for cls, reason in (
+        (Private, "private to its class"),
+        (Curious, "own variables"),
+        (Decorated, "decorated"),
+        (Cached, "not a Python function"),
+        (Steps, "a generator"),
+        (Short, "not a plain function"),
+    ):
         model = cls()
         report = swap(model)
         assert reason in report.left[0].reason and type(model) is cls and "intercept" in report.left[0].reason

@@ -43,6 +43,18 @@ class Unet(nn.Module):
         return self.out(torch.cat([self.up(self.down(x)), x], 1))
 
 
+def sequential():
+    return nn.Sequential(
+        nn.Upsample(scale_factor=2),
+        nn.Conv2d(4, 6, 3, padding=1),
+        nn.ReLU(),
+        nn.Upsample(scale_factor=2, mode="bilinear"),
+        nn.Conv2d(6, 5, 3, padding=1),
+        nn.ConvTranspose2d(5, 3, 4, 2, 1),
+        nn.ReLU(),
+    )
+
+
 def vae():
     diffusers = library("diffusers")
     return diffusers.AutoencoderKL(
@@ -121,6 +133,7 @@ class Heads(nn.Module):
 
 # name: (model, input shape, (replaced, fused) by a swap)
 MODELS = {
+    "sequential": (sequential, (2, 4, 5, 3), (3, 3)),
     "pose": (PoseHead, (2, 12, 5, 3), (3, 0)),
     "unet": (Unet, (2, 3, 10, 6), (2, 1)),
     "AutoencoderKL": (vae, (2, 4, 5, 7), (2, 2)),
@@ -187,6 +200,13 @@ def test_the_same_in_float64_and_back(name):
     assert classes_of(unswap(model)) == classes
 
 
+def check_budget(ours, theirs, reference, outputs, floor):
+    """Of the first `outputs` tensors, and of the gradients after them: errors at most twice torch's."""
+    for what, at in (("outputs", slice(0, outputs)), ("gradients", slice(outputs, None))):
+        allowed, got = (max(distances(found[at], reference[at])) for found in (theirs, ours))
+        assert got <= 2 * allowed + floor, f"{what}: {got:.3g}, torch {allowed:.3g}"
+
+
 @pytest.mark.parametrize("kind", ["float32", "autocast"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("name", MODELS)
@@ -199,11 +219,17 @@ def test_the_error_is_within_the_budget(name, layout, kind):
         swap(model)
         ours = output_and_gradients(model, x)
     assert [t.stride() for t in outputs(model, x)] == [t.stride() for t in outputs(unswap(model), x)]
-    floor = 5e-7 if kind == "float32" else 4e-3
-    n = len(outputs(model, x))
-    for what, at in (("outputs", slice(0, n)), ("gradients", slice(n, None))):
-        allowed, got = (max(distances(found[at], reference[at])) for found in (theirs, ours))
-        assert got <= 2 * allowed + floor, f"{what}: {got:.3g}, torch {allowed:.3g}"
+    check_budget(ours, theirs, reference, len(outputs(model, x)), 5e-7 if kind == "float32" else 4e-3)
+
+
+@pytest.mark.parametrize("name", ["sequential", "AutoencoderTiny"])
+def test_compiled_by_inductor(name, inductor):
+    model, x, reference = made(name)
+    model = copy.deepcopy(model)
+    eager = output_and_gradients(model, x)
+    swap(model)
+    compiled = torch.compile(model, fullgraph=True)
+    check_budget(output_and_gradients(compiled, x), eager, reference, len(outputs(model, x)), 5e-7)
 
 
 def test_diffusers_output_size_batches_and_whole_models():
@@ -236,6 +262,26 @@ def test_diffusers_output_size_batches_and_whole_models():
     report = swap(unet, benchmark={"sample": x, "timestep": 3})
     assert report.fused and report.benchmark.difference < 1e-9
     torch.testing.assert_close(unet(x, 3).sample, want, rtol=1e-9, atol=1e-9)
+
+
+def test_blocks_that_are_called_or_hooked_otherwise():
+    manet = library("segmentation_models_pytorch.decoders.manet.decoder")
+    fpn = library("segmentation_models_pytorch.decoders.fpn.decoder")
+    x, skip = (torch.randn(2, 4, *size, dtype=torch.float64) for size in ((3, 5), (6, 10)))
+    block = manet.DecoderBlock(4, 4, 3).double().eval()
+    want = block(x, skip)
+    assert swap(block).fused
+    torch.testing.assert_close(block(x, skip), want, rtol=1e-10, atol=1e-12)
+    block, seen = fpn.SegmentationBlock(4, 32, 2).double(), []
+    want = block(x)
+    assert swap(block).fused
+    block.block[0].register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    torch.testing.assert_close(block(x), want, rtol=1e-10, atol=1e-12)
+    assert seen == [(2, 32, 6, 10)]
+    block = library("diffusers.models.upsampling").Upsample2D(4, use_conv=True)
+    block.forward = torch.tanh
+    report = swap(block)
+    assert "set on the instance" in str(report) and not report.fused
 
 
 def test_a_changed_library_is_left(monkeypatch):

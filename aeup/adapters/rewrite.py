@@ -21,9 +21,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from aeup.adapters.pairs import pair
+from aeup.adapters.pairs import Resampling, pair, refuses_upsampling
 from aeup.functional import conv_transpose2d, interpolate
-from aeup.ops.interpolate import MODES
 
 _CALLS = {
     F.interpolate: "_aeup_interpolate",
@@ -174,10 +173,11 @@ class _Rewriter(ast.NodeTransformer):
         path = self.attribute_of_self(call.func) if self.fuse else None
         if not path or self.target(resampling) != "_aeup_interpolate" or _starred(resampling):
             return None
-        given = dict(zip(("input", "size", "scale_factor", "mode"), resampling.args, strict=False))
+        given = dict(zip(("input", *Resampling._fields), resampling.args, strict=False))
         given |= {k.arg: k.value for k in resampling.keywords}
-        mode = given.get("mode")
-        if "input" not in given or (isinstance(mode, ast.Constant) and mode.value not in MODES):
+        of = ("mode", "recompute_scale_factor", "antialias")
+        known = {k: given[k].value for k in of if isinstance(given.get(k), ast.Constant)}
+        if "input" not in given or refuses_upsampling(Resampling(**known)):
             return None
         self.calls.append(ast.unparse(resampling.func))
         self.pairs.append(path)
