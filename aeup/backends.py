@@ -1,16 +1,20 @@
-"""Which kernel runs, and why. Each op has one kernel per backend; each kernel has one predicate that says why not."""
+"""Which kernel runs, and why. Each op has one kernel per backend; each kernel has one predicate that says why not, and
+the tuned tables (aeup/tuned) say which of those that can is the fastest."""
 
 import os
 from collections.abc import Callable
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-NAMES = ("cuda", "triton", "cpu", "torch")
-# "auto" takes the first that serves. "composed", where an op has it, is made of other ops and cannot be asked for.
+from aeup import tuned
+
+NAMES = tuple(name for name in tuned.BACKENDS if name != "composed")
+# "auto" takes what a tuned table names, else the first that serves. "composed", where an op has it, is made of other
+# ops and cannot be asked for.
 _ORDER = {"cpu": ("cpu", "composed", "torch"), "cuda": ("cuda", "triton", "composed", "torch")}
 
 
@@ -32,13 +36,63 @@ class Kernel:
 
 @dataclass(frozen=True, eq=False)
 class Op:
+    """`kind`, `problem` and `features`, where given, are for the tuned tables: what their rules go by. `kind`: of every
+    call, "op" and maybe "pass". `problem` takes the op's arguments and gives, fast, a hashable that holds what else a
+    rule may depend on; `features(problem, device)` says it in a rule's words: "dtype", "layout", "pixels", and "mode"
+    and "family" where the op knows them."""
+
     name: str
     kernels: dict[str, Kernel] = field(default_factory=dict)
+    kind: dict[str, str] = field(default_factory=dict)
+    problem: Callable[..., Any] | None = None
+    features: Callable[[Any, torch.device], dict] | None = None
     order: dict[str, tuple[str, ...]] = field(init=False)  # by device: what "auto" tries, in turn
+    rules: dict = field(init=False)  # by device, "cpu" or torch's: what the tuned tables say, or None
 
     def __post_init__(self) -> None:
         order = {device: tuple(n for n in names if n in self.kernels) for device, names in _ORDER.items()}
         object.__setattr__(self, "order", order)
+        object.__setattr__(self, "rules", _ByDevice(self))
+
+
+class Decision(NamedTuple):
+    """The backend that a tuned table names, and why."""
+
+    backend: str
+    why: str
+
+
+class _Rules:
+    """What the tuned tables say about an op on a device. Decisions are kept by problem."""
+
+    def __init__(self, op: Op, device: torch.device, rules: tuple[tuned.Rule, ...]) -> None:
+        self.op, self.device, self.rules, self.decided = op, device, rules, {}
+
+    def decision(self, args: tuple) -> Decision | None:
+        problem = self.op.problem(*args)
+        try:
+            return self.decided[problem]
+        except KeyError:
+            features = self.op.kind | self.op.features(problem, self.device)
+            found = next((Decision(r.backend, r.why) for r in self.rules if r.fits(features)), None)
+            if len(self.decided) >= 4096:  # sizes that change from call to call
+                self.decided.clear()
+            return self.decided.setdefault(problem, found)
+
+
+class _ByDevice(dict):
+    """The rules of an op by device, read when first asked for; None where there are none."""
+
+    def __init__(self, op: Op) -> None:
+        super().__init__()
+        self.op = op
+        tuned.on_change.append(self.clear)
+
+    def __missing__(self, device: torch.device | str) -> _Rules | None:
+        kind, rules, device_ = self.op.kind, (), torch.device(device)
+        if kind:
+            rules = tuple(r for r in tuned.rules(device_) if r.may_fit(kind))
+        return self.setdefault(device, _Rules(self.op, device_, rules) if rules else None)
 
 
 class BackendError(RuntimeError):
@@ -91,7 +145,15 @@ def choose(op: Op, src: torch.Tensor, args: tuple, name: str | None = None) -> K
         if reason:
             raise BackendError(f"{op.name}: backend {name!r} cannot serve this call: {reason}")
         return kernel
-    for candidate in op.order["cpu"] if src.is_cpu else op.order.get(src.device.type, ("torch",)):
+    cpu = src.is_cpu
+    rules = op.rules["cpu" if cpu else src.device]
+    if rules is not None:
+        decision = rules.decision(args)
+        if decision is not None:
+            kernel = op.kernels.get(decision.backend)
+            if kernel and kernel.refuses(*args) is None:
+                return kernel
+    for candidate in op.order["cpu"] if cpu else op.order.get(src.device.type, ("torch",)):
         kernel = op.kernels[candidate]
         if kernel.passes(*args) is None:
             return kernel
@@ -147,23 +209,28 @@ def _on_meta(x):
 
 def _explained(op: Op, device: torch.device, args: tuple, call: str) -> Choice:
     name = get_backend()
-    order = op.order.get(device.type, ("torch",)) if name == "auto" else (name,)
-    reasons = {n: (k.passes if name == "auto" else k.refuses)(*args) for n, k in op.kernels.items()}
-    taken = next((n for n in order if reasons[n] is None), None)
+    auto = name == "auto"
+    refusals = {n: k.refuses(*args) for n, k in op.kernels.items()}
+    rules = op.rules["cpu" if device.type == "cpu" else device] if auto else None
+    decision = rules and rules.decision(args)
+    if decision and refusals.get(decision.backend, "") is None:
+        taken, why = decision.backend, decision.why or "comes after " + decision.backend
+        reasons = refusals
+    else:
+        reasons = {n: k.passes(*args) for n, k in op.kernels.items()} if auto else refusals
+        order = op.order.get(device.type, ("torch",)) if auto else (name,)
+        taken = next((n for n in order if reasons[n] is None), None)
+        why = f"comes after {taken}" if auto else f"{taken} was asked for"
     if taken is None:
         return Choice(op.name, call, "none", "", {n: r or "not asked for" for n, r in reasons.items()})
     label = op.kernels[taken].label
     kernel = label(device, *map(_on_meta, args)) if label else ""
-    why = "comes after " + taken if name == "auto" else f"{taken} was asked for"
     return Choice(op.name, call, taken, kernel, {n: r or why for n, r in reasons.items() if n != taken})
 
 
-def explain(fn: Callable, *args, **kwargs) -> Explanation:
-    """Which kernels ``fn(*args, **kwargs)`` would run, forward and backward, and why each other backend would not.
-
-    `fn` is a function or module that uses aeup's ops. Nothing is computed: `fn` runs on fake tensors (shapes and
-    dtypes only), so it must not read tensor values. Returns an :class:`Explanation`; ``print`` it.
-    """
+def calls(fn: Callable, *args, **kwargs) -> list:
+    """The calls of aeup's ops that ``fn(*args, **kwargs)`` would make, forward and backward, in turn: (op, device,
+    arguments, text), the arguments' tensors fake; or a :class:`Choice`, where torch serves. Nothing is computed."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils._pytree import tree_map_only
 
@@ -172,7 +239,15 @@ def explain(fn: Callable, *args, **kwargs) -> Explanation:
         with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
             args, kwargs = tree_map_only(torch.Tensor, mode.from_tensor, (args, kwargs))
             fn(*args, **kwargs)
-        noted = _record.get()
+        return _record.get()
     finally:
         _record.reset(token)
-    return Explanation(c if isinstance(c, Choice) else _explained(*c) for c in noted)
+
+
+def explain(fn: Callable, *args, **kwargs) -> Explanation:
+    """Which kernels ``fn(*args, **kwargs)`` would run, forward and backward, and why each other backend would not.
+
+    `fn` is a function or module that uses aeup's ops. Nothing is computed: `fn` runs on fake tensors (shapes and
+    dtypes only), so it must not read tensor values. Returns an :class:`Explanation`; ``print`` it.
+    """
+    return Explanation(c if isinstance(c, Choice) else _explained(*c) for c in calls(fn, *args, **kwargs))

@@ -10,11 +10,11 @@ from torch.overrides import handle_torch_function, has_torch_function_unary, has
 
 from aeup.backends import note_torch
 from aeup.ops.conv_shapes import Geometry, geometry, int_pair
-from aeup.ops.conv_transpose2d import conv_transpose2d as _conv_transpose2d
+from aeup.ops.conv_transpose2d import CONV_TRANSPOSE2D
 from aeup.ops.epilogue import ACTIVATIONS, activate
 from aeup.ops.interpolate import MODES, Map, reference, resample
-from aeup.ops.maps import autocast_to, memory_format
-from aeup.ops.upsample_conv2d import upsample_conv2d as _upsample_conv2d
+from aeup.ops.maps import autocast_to, memory_format, plan_key
+from aeup.ops.upsample_conv2d import UPSAMPLE_CONV2D
 from aeup.ops.upsample_conv_shapes import UpsampleGeometry, upsample_geometry
 
 __all__ = ["conv_transpose2d", "interpolate", "upsample_conv2d"]
@@ -202,79 +202,62 @@ def conv_transpose2d(
             conv_transpose2d, (input, weight, bias), input, weight, bias, stride, padding, output_padding, groups,
             dilation, activation=activation,
         )  # fmt: skip
-    name, slope = (
-        (activation, 0.01) if activation is None or activation in ACTIVATIONS else parse_activation(activation)
-    )
-    if not (isinstance(input, Tensor) and isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))):
+    x, w, b = input, weight, bias
+    if torch._C._is_any_autocast_enabled():
+        x, w, b = _autocast(x, w, b)
+    options = (stride, padding, output_padding, dilation, groups)
+    key = plan_key(x, w, b, (*options, activation))
+    plan = None if key is None else CONV_TRANSPOSE2D.plans.get(key)
+    if plan is not None:
+        return plan.run(x, w, b)
+    name, slope = parse_activation(activation)
+    if not (isinstance(x, Tensor) and isinstance(w, Tensor) and (b is None or isinstance(b, Tensor))):
         return F.conv_transpose2d(input, weight, bias)  # raises
-    x, w, b, device = input, weight, bias, input.device
-    if torch._C._is_any_autocast_enabled() and _autocast_runs(device.type):
-        x, w, b = autocast_to(device.type, x, w, b)
-    dtype, g = x.dtype, None
+    g = None
     if (
-        dtype in _FLOATS
-        and w.dtype is dtype
-        and w.device == device
+        x.dtype in _FLOATS
+        and w.dtype is x.dtype
+        and w.device == x.device
         and x.layout is w.layout is torch.strided
-        and (b is None or (b.dtype is dtype and b.device == device and b.dim() == 1))
+        and (b is None or (b.dtype is x.dtype and b.device == x.device and b.dim() == 1))
     ):
-        g = _geometry(x.shape, w.shape, stride, padding, output_padding, dilation, groups)
+        g = _make_geometry(x.shape, w.shape, *options)
     if g is None or (b is not None and b.shape[0] != g.co):
-        arguments = {"stride": stride, "padding": padding, "output_padding": output_padding, "dilation": dilation}
-        return _conv_by_torch(input, weight, bias, {**arguments, "groups": groups}, name, slope)
+        return _conv_by_torch(input, weight, bias, options, name, slope)
     if x.dim() == 3:
-        return _conv_transpose2d(x.unsqueeze(0), w, b, g, name, slope).squeeze(0)
-    return _conv_transpose2d(x, w, b, g, name, slope)
+        y = conv_transpose2d(
+            x.unsqueeze(0), w, b, stride, padding, output_padding, groups, dilation, activation=activation
+        )
+        return y.squeeze(0)
+    return CONV_TRANSPOSE2D(key, x, w, b, g, name, slope)
 
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def _autocast_runs(device: str) -> bool:
-    return device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
+def _autocast(x, w, b) -> tuple:
+    """The tensors as autocast wants them."""
+    device = x.device.type if isinstance(x, Tensor) else ""
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+        return autocast_to(device, x, w, b)
+    return x, w, b
 
 
-def _plain(value) -> bool:
-    """An int or a pair of ints, by exact type: (2.0, 2) equals (2, 2) as a key, but is an error."""
-    if type(value) is tuple:
-        return len(value) == 2 and type(value[0]) is type(value[1]) is int
-    return type(value) is int
-
-
-def _geometry(x_shape, w_shape, stride, padding, output_padding, dilation, groups) -> Geometry | None:
-    if (
-        _plain(stride)
-        and _plain(padding)
-        and _plain(output_padding)
-        and _plain(dilation)
-        and type(groups) is int
-        and not torch.compiler.is_compiling()
-    ):
-        try:
-            return _cached_geometry(x_shape, w_shape, stride, padding, output_padding, dilation, groups)
-        except TypeError:  # no hash: a symbolic size
-            pass
-    return _make_geometry(x_shape, w_shape, stride, padding, output_padding, dilation, groups)
-
-
-@lru_cache(1024)
-def _cached_geometry(*arguments) -> Geometry | None:
-    return _make_geometry(*arguments)
-
-
-def _make_geometry(x_shape, w_shape, *arguments) -> Geometry | None:
-    groups = int_pair(arguments[4])
-    pairs = [int_pair(a) for a in arguments[:4]]
-    if None in pairs or groups is None or isinstance(arguments[4], (list, tuple)):
+def _make_geometry(x_shape, w_shape, stride, padding, output_padding, dilation, groups) -> Geometry | None:
+    pairs = [int_pair(a) for a in (stride, padding, output_padding, dilation)]
+    both = int_pair(groups)
+    if None in pairs or both is None or isinstance(groups, (list, tuple)):
         return None
     (sh, sw), (ph, pw), (oph, opw), (dh, dw) = pairs
     if len(x_shape) == 3:
         x_shape = (1, *x_shape)
-    return geometry(x_shape, w_shape, sh, sw, ph, pw, oph, opw, groups[0], dh, dw)
+    return geometry(x_shape, w_shape, sh, sw, ph, pw, oph, opw, both[0], dh, dw)
 
 
-def parse_activation(activation: Activation) -> tuple[str, float]:
+def parse_activation(activation: Activation) -> tuple[str | None, float]:
     """An activation's name and slope. Raises ValueError."""
+    if activation is None:
+        return None, 0.01
     name, slope = (activation, 0.01) if isinstance(activation, str) else (None, None)
     if isinstance(activation, tuple) and len(activation) == 2 and activation[0] == "leaky_relu":
         name, slope = activation
@@ -287,14 +270,15 @@ def parse_activation(activation: Activation) -> tuple[str, float]:
     return name, float(slope)
 
 
-def _conv_by_torch(input, weight, bias, arguments: dict, activation: str | None, slope: float) -> Tensor:
+def _conv_by_torch(input, weight, bias, options: tuple, activation: str | None, slope: float) -> Tensor:
     """What is not served: torch raises its error, or computes (integers, complex numbers, no output pixels)."""
     if input.dim() in (3, 4) and weight.dim() != 4:
         raise RuntimeError(
             "Expected 4D weight [in_channels, out_channels / groups, kH, kW] for conv_transpose2d, but got weight of "
             f"size: {list(weight.shape)}"
         )
-    y = F.conv_transpose2d(input, weight, bias, **arguments)
+    named = dict(zip(("stride", "padding", "output_padding", "dilation", "groups"), options, strict=True))
+    y = F.conv_transpose2d(input, weight, bias, **named)
     reason = "serves dense float64, float32, float16 or bfloat16 tensors of one dtype and device, with output pixels"
     note_torch("aeup.conv_transpose2d", f"{list(input.shape)}, {input.dtype}", reason)
     return activate(y, activation, slope)
@@ -349,54 +333,51 @@ def upsample_conv2d(
             upsample_conv2d, (input, weight, bias), input, weight, bias, scale_factor=scale_factor, mode=mode,
             align_corners=align_corners, padding=padding, groups=groups, activation=activation, size=size,
         )  # fmt: skip
-    name, slope = (
-        (activation, 0.01) if activation is None or activation in ACTIVATIONS else parse_activation(activation)
-    )
-    for what, t in (("input", input), ("weight", weight), ("bias", bias)):
+    x, w, b = input, weight, bias
+    if torch._C._is_any_autocast_enabled():
+        x, w, b = _autocast(x, w, b)
+    options = (size, scale_factor, mode, align_corners, padding, groups)
+    key = plan_key(x, w, b, (*options, activation))
+    plan = None if key is None else UPSAMPLE_CONV2D.plans.get(key)
+    if plan is not None:
+        return plan.run(x, w, b)
+    name, slope = parse_activation(activation)
+    for what, t in (("input", x), ("weight", w), ("bias", b)):
         if not isinstance(t, Tensor) and (t is not None or what != "bias"):
             raise TypeError(f"aeup.upsample_conv2d: {what} must be a Tensor, got {type(t).__name__}")
-    x, w, b, device = input, weight, bias, input.device
-    if torch._C._is_any_autocast_enabled() and _autocast_runs(device.type):
-        x, w, b = autocast_to(device.type, x, w, b)
-    options = (size, scale_factor, mode, align_corners, padding, groups)
-    try:
-        if torch.compiler.is_compiling() or not (type(padding) is str or _plain(padding)) or type(groups) is not int:
-            g, crop = _upsample_geometry(x.shape, w.shape, None, *options)
-        else:
-            types = type(size) is tuple and tuple(map(type, size))
-            g, crop = _cached_upsample_geometry(x.shape, w.shape, types, *options)
-    except TypeError:  # no hash (a list, a symbolic size), or an argument that is refused
-        g, crop = _upsample_geometry(x.shape, w.shape, None, *options)
+    g, crop = _upsample_geometry(x.shape, w.shape, *options)
     if b is not None and b.shape != (g.co,):
         raise RuntimeError(f"aeup.upsample_conv2d: expected bias to be [{g.co}], got {list(b.shape)}")
     for what, t in (("weight", w), ("bias", b)):
-        if t is not None and (t.dtype is not x.dtype or t.device != device):
+        if t is not None and (t.dtype is not x.dtype or t.device != x.device):
             raise RuntimeError(
-                f"aeup.upsample_conv2d: input and {what} should be of one dtype and device, got {x.dtype} on {device} "
-                f"and {t.dtype} on {t.device}"
+                f"aeup.upsample_conv2d: input and {what} should be of one dtype and device, got {x.dtype} on "
+                f"{x.device} and {t.dtype} on {t.device}"
             )
-    if x.dtype not in _FLOATS or x.layout is not torch.strided or w.layout is not torch.strided:
+    if crop != (0, 0):
+        y = upsample_conv2d(
+            x, w, b, scale_factor=scale_factor, mode=mode, align_corners=align_corners, padding=g.padding,
+            groups=groups, activation=activation, size=size,
+        )  # fmt: skip
+        return y[:, :, crop[0] :, crop[1] :].contiguous(memory_format=memory_format(x, w))
+    if x.dtype not in _FLOATS or not x.layout is w.layout is torch.strided:
         reason = "serves dense float64, float32, float16 or bfloat16 tensors"
         note_torch("aeup.upsample_conv2d", f"{list(x.shape)}, {x.dtype}", reason)
-        y = activate(F.conv2d(reference(x, g.m, False), w, b, 1, g.padding, 1, groups), name, slope)
-    else:
-        y = _upsample_conv2d(x, w, b, g, name, slope)
-    if crop == (0, 0):
-        return y
-    return y[:, :, crop[0] :, crop[1] :].contiguous(memory_format=memory_format(x, w))
+        return activate(F.conv2d(reference(x, g.m, False), w, b, 1, g.padding, 1, groups), name, slope)
+    return UPSAMPLE_CONV2D(key, x, w, b, g, name, slope)
 
 
 def upsample_geometry_of(x_shape, w_shape, scale_factor, mode, padding, groups) -> tuple[UpsampleGeometry, tuple]:
     """The geometry of :func:`upsample_conv2d`, and the rows and columns that "same" leaves out at the top and left."""
-    return _upsample_geometry(x_shape, w_shape, None, None, scale_factor, mode, None, padding, groups)
+    return _upsample_geometry(x_shape, w_shape, None, scale_factor, mode, None, padding, groups)
 
 
 def check_upsampling(size, scale_factor, mode, align_corners) -> None:
     """Raises the error that :func:`upsample_conv2d` would raise of these arguments on any input."""
-    _upsample_geometry((1, 1, 2**24, 2**24), (1, 1, 1, 1), None, size, scale_factor, mode, align_corners, 0, 1)
+    _upsample_geometry((1, 1, 2**24, 2**24), (1, 1, 1, 1), size, scale_factor, mode, align_corners, 0, 1)
 
 
-def _upsample_geometry(x_shape, w_shape, types, size, scale_factor, mode, align_corners, padding, groups):
+def _upsample_geometry(x_shape, w_shape, size, scale_factor, mode, align_corners, padding, groups):
     """The geometry, and the rows and columns to leave out at the top and left ("same" with an even kernel)."""
     name = "aeup.upsample_conv2d"
     if mode not in MODES:
@@ -427,8 +408,3 @@ def _upsample_geometry(x_shape, w_shape, types, size, scale_factor, mode, align_
     if isinstance(groups, bool) or not isinstance(groups, int):
         raise TypeError(f"{name}: groups must be an int, got {groups!r}")
     return upsample_geometry(name, m, x_shape[1], w_shape, *pads, groups), crop
-
-
-@lru_cache(1024, typed=True)
-def _cached_upsample_geometry(*arguments) -> tuple[UpsampleGeometry, tuple]:
-    return _upsample_geometry(*arguments)

@@ -88,8 +88,7 @@ def test_compile_whole_graph(mode, dynamic):
         torch.testing.assert_close(x.grad, z.grad)
 
 
-def test_compile_with_inductor():
-    torch._dynamo.reset()
+def test_compile_with_inductor(inductor):
     up = torch.compile(lambda x: aeup.interpolate(x + 1, scale_factor=2, mode="bilinear") * 3, fullgraph=True)
     x = torch.randn(2, 3, 5, 6)
     torch.testing.assert_close(up(x), F.interpolate(x + 1, scale_factor=2, mode="bilinear") * 3)

@@ -10,6 +10,7 @@ from map_ops import UPSAMPLE_CONV
 from upsample_conv_cases import MODES, always_folded, by_torch
 
 import aeup
+from aeup import tuned
 from aeup.ops import compiled
 from aeup.ops import upsample_conv_kernels as kernels
 from aeup.ops.epilogue import ACTIVATIONS as NAMES
@@ -115,10 +116,8 @@ def extension(monkeypatch):
     monkeypatch.setattr(compiled, "raw", played)
     monkeypatch.setattr(compiled, "refusal", lambda *args: None)
     kernels._family.cache_clear()
-    kernels._yields.cache_clear()
     yield played
     kernels._family.cache_clear()
-    kernels._yields.cache_clear()
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -139,17 +138,21 @@ def test_calls_of_the_extension(activation, needs, mode, extension):
     torch.testing.assert_close(got, expected)
 
 
-def test_auto_takes_the_extension_only_where_it_is_known_to_be_fast(extension):
-    x, w = torch.randn(2, 4, 5, 4), torch.randn(3, 4, 3, 3)
-    g, _ = aeup.functional.upsample_geometry_of(x.shape, w.shape, 2, "nearest", 1, 1)
-    cuda = kernels.MAPS[kernels.Y].kernels["cuda"]
-    args = (x, w, None, g, None, 0.0)
-    extension.family = "hopper"
-    assert cuda.refuses(*args) is None and "tuned table" in (cuda.passes(*args) or "tuned table")
-    for family, says in (("gemm (hopper: no)", "gemm kernels are not measured"), ("refuses: too long", "too long")):
+def test_tables_take_the_extension_only_where_it_is_known_to_be_fast(extension):
+    g, _ = aeup.functional.upsample_geometry_of((2, 4, 5, 4), (3, 4, 3, 3), 2, "nearest", 1, 1)
+    op, gpu = kernels.MAPS[kernels.Y], torch.device("cuda")
+
+    def taken(g, family):
         kernels._family.cache_clear()
-        kernels._yields.cache_clear()
         extension.family = family
-        assert says in cuda.passes(*args)
-    smooth = args[:3] + (g._replace(m=g.m._replace(mode="bilinear")), *args[4:])
-    assert cuda.refuses(*smooth) is None and "ask for it by name" in cuda.passes(*smooth)
+        x, w = torch.randn(2, 4, 5, 4), torch.randn(3, 4, 3, 3)
+        features = op.kind | op.features(op.problem(x, w, None, g, None, 0.0), gpu)
+        return features["family"], next(rule for rule in tuned.rules(gpu, "") if rule.fits(features))
+
+    assert taken(g, "hopper")[1].backend == "cuda"
+    for family, known_as in (("gemm (hopper: no)", "gemm"), ("refuses: too long", "")):
+        name, rule = taken(g, family)
+        assert name == known_as and rule.backend == "composed" and "not measured" in rule.why
+    smooth = g._replace(m=g.m._replace(mode="bilinear"))
+    name, rule = taken(smooth, "hopper")
+    assert name == "tile" and rule.backend == "composed" and "ask for it by name" in rule.why

@@ -11,12 +11,22 @@ from map_cases import ACTIVATIONS, MapCase, activated, run  # noqa: F401
 @contextmanager
 def always_folded():
     """The CPU takes the folded weight wherever it can, however small the call."""
+    from aeup import tuned
     from aeup.ops import upsample_conv_cpu as cpu
 
-    with mock.patch.multiple(
-        cpu, _LEAST_PIXELS=0, _LEAST_PRODUCTS=0, _LEAST_PRODUCTS_OF_HALF=0, _folds=lambda *args: True
-    ):
-        yield
+    try:
+        with mock.patch.multiple(
+            cpu,
+            _LEAST_PIXELS=0,
+            _LEAST_PIXELS_LAST=0,
+            _LEAST_PRODUCTS=0,
+            _LEAST_PRODUCTS_OF_HALF=0,
+            _folds=lambda *args: True,
+        ):
+            tuned.forget()  # choices that were made before
+            yield
+    finally:
+        tuned.forget()
 
 
 def by_torch(

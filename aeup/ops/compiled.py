@@ -44,9 +44,12 @@ def refusal(t: Tensor, name: str) -> str | None:
     return None if t.dtype in FLOATS else f"dtype {t.dtype} is not one of float32, float64, float16, bfloat16"
 
 
+_cudnn_conv = torch.backends.cudnn.conv  # found slowly
+
+
 def tf32(t: Tensor) -> bool:
     """Whether torch would let cuDNN multiply in tf32: conv.fp32_precision, which the older allow_tf32 also sets."""
-    return t.dtype is torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
+    return t.dtype is torch.float32 and not t.is_cpu and _cudnn_conv.fp32_precision == "tf32"
 
 
 def capability(device) -> tuple[int, int]:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from aeup.backends import Kernel, Op
 from aeup.ops import compiled, epilogue
-from aeup.ops.conv_choice import why_torch
 from aeup.ops.conv_shapes import Geometry, W, X, Y
 from aeup.ops.epilogue import NUMBER, activate
 
@@ -64,7 +63,7 @@ def _half_is_slow() -> bool:
 
 def _by_float32(a: Tensor, g: Geometry) -> bool:
     if a.dtype is torch.bfloat16 and g.ow < g.sw:
-        return True  # oneDNN's weight gradient reads past the end of a channels-last y that is narrower than the stride
+        return True  # oneDNN reads past the end of a y that is narrower than the stride: in W, and in X of small groups
     if a.shape[0] * g.ci * g.ih * g.iw * (g.co // g.groups) * g.kh * g.kw < 1 << 18:
         return False  # so few products that converting costs more
     if a.dtype is torch.float16:
@@ -161,8 +160,12 @@ def _cpu_refuses_y(x, w, bias, g, activation, slope) -> str | None:
     return _cpu_refusal(x, _cpu_way(x, w, bias, g) if x.is_cpu else None)
 
 
+def _gradient_way(grad: Tensor, g: Geometry) -> str | None:
+    return "through float32" if _by_float32(grad, g) else None
+
+
 def _cpu_refuses_gradient(grad, other, g, w=None) -> str | None:
-    return _cpu_refusal(grad, grad.is_cpu and _by_float32(grad, g) and "through float32")
+    return _cpu_refusal(grad, _gradient_way(grad, g) if grad.is_cpu else None)
 
 
 def _cpu_x(grad, w, g: Geometry) -> Tensor:
@@ -243,24 +246,32 @@ def _label(kind: int):
     return label
 
 
-@lru_cache(4096)
-def _cuda_yields_to_torch(
-    kind: int, g: Geometry, n: int, dtype: torch.dtype, tf32: bool, last: bool, device
-) -> str | None:
-    family = _families(kind, *_empty_operands(g, n, dtype, last), g, tf32, device).split(" ")[0]
-    name = torch.cuda.get_device_name(device) if torch.cuda.is_available() else ""
-    dtype_class = "tf32" if tf32 else str(dtype)[6:]
-    return why_torch(name, family, _PASSES[kind], dtype_class, "NHWC" if last else "NCHW", n * g.ih * g.iw)
+# --- for the tuned tables ---
 
 
-def _cuda_yields(kind: int):
-    def yields(a, b, *rest) -> str | None:
-        g = rest[1] if kind == Y else rest[0]
-        return _cuda_yields_to_torch(
-            kind, g, a.shape[0], a.dtype, compiled.tf32(a), compiled.either_last(a, b), a.device
-        )
+def _problem(kind: int):
+    def problem(a, b, *rest) -> tuple:
+        g, bias = (rest[1], rest[0] is not None) if kind == Y else (rest[0], False)
+        last = not (a.is_contiguous() and b.is_contiguous()) and compiled.either_last(a, b)
+        return g, a.shape[0], a.dtype, compiled.tf32(a), last, bias
 
-    return yields
+    return problem
+
+
+def _features(kind: int):
+    def features(problem: tuple, device: torch.device) -> dict:
+        """`pixels`: of the input. `family`: of the extension's kernels; on a CPU, the cpu backend's way."""
+        g, n, dtype, tf32, last, bias = problem
+        family = ""
+        if device.type == "cpu":
+            x, w = _empty_operands(g, n, dtype, last)
+            family = (_cpu_way(x, w, w if bias else None, g) if kind == Y else _gradient_way(x, g)) or ""
+        elif not isinstance(compiled.raw(_NAMES[kind]), str) and dtype in compiled.FLOATS and max(g[:15]) < 2**30:
+            family = _families(kind, *_empty_operands(g, n, dtype, last), g, tf32, device).split(" ")[0]
+        found = {"dtype": "tf32" if tf32 else str(dtype)[6:], "layout": "NHWC" if last else "NCHW"}
+        return found | {"family": family, "pixels": n * g.ih * g.iw}
+
+    return features
 
 
 # --- triton ---
@@ -291,12 +302,13 @@ def _serves(*args) -> None:
 
 def _map_op(kind: int, name: str, cuda, refuses, cpu, cpu_refuses, reference, public) -> Op:
     kernels = {
-        "cuda": Kernel(cuda, refuses, _label(kind), _cuda_yields(kind)),
+        "cuda": Kernel(cuda, refuses, _label(kind)),
         "triton": compiled.triton_kernel(name, public, "refuses_convolution"),
         "cpu": Kernel(cpu, cpu_refuses, lambda device, *args: _cpu_label(kind, *args)),
         "torch": Kernel(reference, _serves),
     }
-    return Op(f"aeup.{name}", kernels)
+    of_call = {"op": _NAMES[Y], "pass": _PASSES[kind]}
+    return Op(f"aeup.{name}", kernels, of_call, _problem(kind), _features(kind))
 
 
 def _cpu_label(kind: int, a: Tensor, b: Tensor, *rest) -> str:

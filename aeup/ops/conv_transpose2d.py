@@ -77,4 +77,4 @@ def _torch_backward(grad, x, w, y, g: Geometry, activation, slope, needs) -> tup
     return convolution_backward(grad, x, w, g, needs)
 
 
-conv_transpose2d = _Maps().forward
+CONV_TRANSPOSE2D = _Maps()

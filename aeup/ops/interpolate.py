@@ -74,32 +74,29 @@ def _native_label(device: torch.device, src: Tensor, m: Map, backward: bool) -> 
     )
 
 
-def _dtype_refusal(src: Tensor, backward: bool, byte_modes: tuple[str, ...], mode: str) -> str | None:
-    if src.dtype in _FLOATS:
-        return None
-    if src.dtype is torch.uint8:
-        if backward:
-            return "uint8 has no gradient"
-        return None if mode in byte_modes else f"uint8 is served in {' and '.join(byte_modes)} only, got mode {mode!r}"
-    return f"dtype {src.dtype} is not one of float32, float64, float16, bfloat16, uint8"
-
-
-def _native_refusal(src: Tensor, m: Map, backward: bool, device: str, byte_modes: tuple[str, ...]) -> str | None:
-    if src.device.type != device:
-        return f"the tensor is on {src.device}"
+def _native_refusal(src: Tensor, m: Map, backward: bool, byte_modes: tuple[str, ...]) -> str | None:
     if _native.missing:
         return _native.missing
     if max(m[:4]) >= 2**30:
         return "a spatial size is 2^30 or more"
-    return _dtype_refusal(src, backward, byte_modes, m.mode)
+    if src.dtype in _FLOATS:
+        return None
+    if src.dtype is not torch.uint8:
+        return f"dtype {src.dtype} is not one of float32, float64, float16, bfloat16, uint8"
+    if backward:
+        return "uint8 has no gradient"
+    served = " and ".join(byte_modes)
+    return None if m.mode in byte_modes else f"uint8 is served in {served} only, got mode {m.mode!r}"
 
 
 def _cpu_refuses(src: Tensor, m: Map, backward: bool) -> str | None:
-    return _native_refusal(src, m, backward, "cpu", MODES)
+    return _native_refusal(src, m, backward, MODES) if src.is_cpu else f"the tensor is on {src.device}"
 
 
 def _cuda_refuses(src: Tensor, m: Map, backward: bool) -> str | None:
-    reason = _native_refusal(src, m, backward, "cuda", MODES[:2])
+    if not src.is_cuda:
+        return f"the tensor is on {src.device}"
+    reason = _native_refusal(src, m, backward, MODES[:2])
     return reason if reason or _native.cuda else "the extension was built without CUDA"
 
 
@@ -122,6 +119,23 @@ def _triton_run(src: Tensor, m: Map, backward: bool) -> Tensor:
     return _triton().interpolate(src, *m, backward)
 
 
+def _problem(src: Tensor, m: Map, backward: bool) -> tuple:
+    last = not src.is_contiguous() and src.is_contiguous(memory_format=torch.channels_last)
+    return m, backward, src.numel(), src.dtype, last
+
+
+def _features(problem: tuple, device: torch.device) -> dict:
+    """For the tuned tables. `pixels`: of the larger map, all channels. `family`: "whole" for upsampling by whole scales
+    whose taps are the same everywhere, else "up", or "down" where an axis shrinks."""
+    m, backward, numel, dtype, last = problem
+    here, there = (m.oh * m.ow, m.ih * m.iw) if backward else (m.ih * m.iw, m.oh * m.ow)
+    whole = m.oh % m.ih == m.ow % m.iw == 0 and not m.align_corners
+    family = "down" if m.oh < m.ih or m.ow < m.iw else "whole" if whole else "up"
+    found = {"pass": "input_gradient" if backward else "forward", "dtype": str(dtype)[6:]}
+    found |= {"layout": "NHWC" if last else "NCHW", "mode": m.mode + (" antialias" if m.antialias else "")}
+    return found | {"family": family, "pixels": numel // here * max(here, there)}
+
+
 OP = Op(
     "aeup.interpolate",
     {
@@ -130,6 +144,9 @@ OP = Op(
         "cpu": Kernel(_native_run, _cpu_refuses, _native_label),
         "torch": Kernel(reference, lambda src, m, backward: None),
     },
+    {"op": "interpolate"},
+    _problem,
+    _features,
 )
 
 
@@ -199,12 +216,12 @@ class _Resample(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        out = None if grad is None else _resample(grad, ctx.m, not ctx.adjoint, ctx.backend)
+        out = None if grad is None else resample(grad, ctx.m, not ctx.adjoint, ctx.backend)
         return out, None, None, None
 
     @staticmethod
     def jvp(ctx, tangent, *_):
-        return None if tangent is None else _resample(tangent, ctx.m, ctx.adjoint, ctx.backend)
+        return None if tangent is None else resample(tangent, ctx.m, ctx.adjoint, ctx.backend)
 
 
 class _TransformedResample(_Resample):
@@ -222,7 +239,7 @@ class _TransformedResample(_Resample):
     @staticmethod
     def vmap(info, in_dims, src, *args):
         src = src.movedim(in_dims[0], 0)
-        return _resample(src.flatten(0, 1), *args).unflatten(0, src.shape[:2]), 0
+        return resample(src.flatten(0, 1), *args).unflatten(0, src.shape[:2]), 0
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -232,7 +249,9 @@ _tracing = torch._C._get_tracing_state
 _forward_ad = torch.autograd.forward_ad
 
 
-def _resample(src: Tensor, m: Map, backward: bool, backend: str | None = None) -> Tensor:
+def resample(src: Tensor, m: Map, backward: bool = False, backend: str | None = None) -> Tensor:
+    """The map `m` of `src` [N, C, ih, iw], or its adjoint (`backward`) of [N, C, oh, ow], differentiable, in the dtype
+    and memory format of `src`. `backend` None: that of the context."""
     if torch.compiler.is_compiling() or type(src) not in _PLAIN or _modes_active() or _tracing() is not None:
         op = torch.ops.aeup.interpolate_backward if backward else torch.ops.aeup.interpolate
         size = (m.ih, m.iw) if backward else (m.oh, m.ow)
@@ -243,16 +262,6 @@ def _resample(src: Tensor, m: Map, backward: bool, backend: str | None = None) -
     if (src.requires_grad and torch.is_grad_enabled()) or _forward_ad._current_level >= 0:
         return _Resample.apply(src, m, backward, backend)
     return choose(OP, src, (src, m, backward), backend).run(src, m, backward)
-
-
-def resample(src: Tensor, m: Map) -> Tensor:
-    """The map `m` of `src` [N, C, ih, iw], differentiable: [N, C, oh, ow] in the dtype and memory format of `src`."""
-    return _resample(src, m, False)
-
-
-def resample_by(backend: str):
-    """The function (src, map, backward) of a resampling or its adjoint by `backend`, differentiable."""
-    return lambda src, m, backward: _resample(src, m, backward, backend)
 
 
 def note_both(src: Tensor, m: Map, backward: bool) -> None:

@@ -6,22 +6,27 @@ The gradients of each map are the two others: the set is closed, and gradients o
 activation are Y's epilogue.
 """
 
+import marshal
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
+from aeup import tuned
 from aeup.backends import Kernel, Op, choose, get_backend, note
 from aeup.ops import epilogue
+from aeup.ops.compiled import tf32
 from aeup.ops.conv_kernels import EPILOGUE
 from aeup.ops.conv_shapes import W, X, Y
 from aeup.ops.epilogue import AFTER, activate, activation_gradient
 
 # What each map takes, in the order of its op's arguments.
 TAKES = {Y: (X, W), X: (Y, W), W: (Y, X)}
+_MOST_PLANS = 4096
 _TAGS = (torch.Tag.pt2_compliant_tag,)
-_PLAIN = (Tensor, torch.nn.Parameter, type(None))
+_PLAIN = (Tensor, torch.nn.Parameter)
 _modes_active = torch._C._len_torch_dispatch_stack
 _transforms_active = torch._C._are_functorch_transforms_active
 _tracing = torch._C._get_tracing_state
@@ -54,10 +59,36 @@ def _traced(a: Tensor, b: Tensor, c: Tensor | None = None) -> bool:
         torch.compiler.is_compiling()
         or type(a) not in _PLAIN
         or type(b) not in _PLAIN
-        or type(c) not in _PLAIN
+        or (c is not None and type(c) not in _PLAIN)
         or _modes_active() != 0
         or _tracing() is not None
     )
+
+
+def plan_key(x: Tensor, w: Tensor, bias: Tensor | None, options: tuple) -> tuple | None:
+    """All that an eager call's geometry and kernels depend on, to look its Plan up by. None for the calls that cannot
+    have one: something watches or transforms the operators, or tensors or options are not of a plain kind."""
+    if (
+        _traced(x, w, bias)
+        or _transforms_active()
+        or _forward_ad._current_level >= 0
+        or not x.layout is w.layout is torch.strided
+    ):
+        return None
+    try:
+        exact = marshal.dumps(options, 2)  # keeps 2, 2.0 and True apart, which are equal
+    except ValueError:
+        return None
+    return (
+        _needs_grad(x, w, bias), get_backend(), exact, tf32(x),
+        x.shape, x.stride(), x.dtype, x.device,
+        w.shape, w.stride(), w.dtype, w.device,
+        bias is None or (bias.shape, bias.dtype, bias.device),
+    )  # fmt: skip
+
+
+def _needs_grad(x: Tensor, w: Tensor, bias: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or w.requires_grad or (bias is not None and bias.requires_grad))
 
 
 def _of_gradients(backend: str) -> str:
@@ -162,47 +193,60 @@ class Maps:
             elif needs[2]:
                 bias = grad.sum((0, 2, 3))
         else:
-            kernel_x = choose(self.ops[X], grad, (grad, w, g), backend) if needs[0] else None
-            kernel_w = choose(self.ops[W], grad, (grad, x, g, w), backend) if needs[1] else None
-            joint = self.joint(kernel_x, kernel_w, g)
-            if joint:
-                return joint(grad, x, w, y, g, activation, slope, needs)
-            bias = None
-            if activation or needs[2]:
-                args = (grad, y if activation else None, activation, slope, needs[2])
-                grad, bias = choose(EPILOGUE, grad, args, backend).run(*args)
-            dx = kernel_x.run(grad, w, g) if kernel_x else None
-            dw = kernel_w.run(grad, x, g, w) if kernel_w else None
-            return dx, dw, bias if needs[2] else None
+            chosen = self.backward(grad, x, w, y, g, activation, slope, needs, backend)
+            return chosen(grad, x, w, y, g, activation, slope, needs)
         dx = self.linear(X, grad, w, g, backend) if needs[0] else None
         dw = self.linear(W, grad, x, g, backend) if needs[1] else None
         return dx, dw, bias if needs[2] else None
 
-    def forward(self, x: Tensor, w: Tensor, bias: Tensor | None, g, activation: str | None, slope: float) -> Tensor:
-        """activation(T(x, w) + bias), differentiable: [N, co, oh, ow]. The tensors have one dtype and device."""
-        needs_grad = torch.is_grad_enabled() and (
-            x.requires_grad or w.requires_grad or (bias is not None and bias.requires_grad)
-        )
-        fused = None if needs_grad and activation in AFTER else activation
+    def needs_no_help(self, kernel: Kernel, x: Tensor, w: Tensor, g, backend: str) -> bool:
+        """Whether autograd gives, through a kernel of Y made of differentiable operators, the gradients as they would
+        be chosen: by the same backend's."""
+        name = next(name for name, found in self.ops[Y].kernels.items() if found is kernel)
+        grad = _empty(x, self.shape(Y, g, x.shape[0]), w)
+        made = {X: (grad, w, g), W: (grad, x, g, w)}
+        return all(choose(self.ops[k], grad, args, backend) is self.ops[k].kernels[name] for k, args in made.items())
+
+    def backward(self, grad, x, w, y, g, activation, slope, needs, backend) -> Callable:
+        """The function (grad, x, w, y, g, activation, slope, needs) that serves such a call."""
+        kernel_x = choose(self.ops[X], grad, (grad, w, g), backend) if needs[0] else None
+        kernel_w = choose(self.ops[W], grad, (grad, x, g, w), backend) if needs[1] else None
+        joint = self.joint(kernel_x, kernel_w, g)
+        if joint:
+            return joint
+        args = (grad, y if activation else None, activation, slope, needs[2])
+        before = choose(EPILOGUE, grad, args, backend) if activation or needs[2] else None
+
+        def one_by_one(grad, x, w, y, g, activation, slope, needs):
+            bias = None
+            if before:
+                grad, bias = before.run(grad, y if activation else None, activation, slope, needs[2])
+            dx = kernel_x.run(grad, w, g) if kernel_x else None
+            dw = kernel_w.run(grad, x, g, w) if kernel_w else None
+            return dx, dw, bias if needs[2] else None
+
+        return one_by_one
+
+    def __call__(self, key: tuple | None, x, w, bias, g, activation: str | None, slope: float) -> Tensor:
+        """activation(T(x, w) + bias), differentiable: [N, co, oh, ow]. The tensors have one dtype and device. `key`:
+        their plan_key, under which the plan is kept."""
+        if key is not None:
+            if len(self.plans) >= _MOST_PLANS:  # sizes that change from call to call
+                self.plans.clear()
+            plan = self.plans[key] = Plan(self, *key[:2], x, w, bias, g, activation, slope)
+            return plan.run(x, w, bias)
         if _traced(x, w, bias):
+            fused = None if activation in AFTER and _needs_grad(x, w, bias) else activation
             y = self.operators[Y](x, w, bias, *self.arguments(Y, g), fused, slope)
-        elif _transforms_active() or _forward_ad._current_level >= 0:
-            fused, y = None, self.linear(Y, x, w, g, None)
-            if bias is not None:
-                y = y + bias.view(-1, 1, 1)
-        else:
-            backend, args = get_backend(), (x, w, bias, g, fused, slope)
-            kernel = choose(self._of_y, x, args, backend)
-            if needs_grad and kernel not in self.by_torch:
-                y = self.function.apply(x, w, bias, (self, g, fused, slope, backend, kernel))
-            else:
-                y = kernel.run(*args)
-        return y if fused == activation else activate(y, activation, slope)
+            return y if fused == activation else activate(y, activation, slope)
+        y = self.linear(Y, x, w, g, None)
+        return activate(y if bias is None else y + bias.view(-1, 1, 1), activation, slope)
 
     # --- registration ---
 
     def __init__(self) -> None:
-        self._of_y = self.ops[Y]
+        self.plans: dict[tuple, Plan] = {}
+        tuned.on_change.append(self.plans.clear)
         lib = self._lib = torch.library.Library("aeup", "FRAGMENT")
         names = {Y: self.name, X: f"{self.name}_input_gradient", W: f"{self.name}_weight_gradient"}
         for kind, name in names.items():
@@ -268,14 +312,46 @@ class _TransformedLinear(_Linear):
         return maps.vmap(maps.linear, kind, info.batch_size, in_dims[:2], a, b, g, backend)
 
 
+class Plan:
+    """The short way of eager calls, which costs little: no dispatcher, and everything decided once."""
+
+    __slots__ = ("after", "backend", "backwards", "function", "fused", "g", "kernel", "maps", "slope")
+
+    def __init__(self, maps: Maps, needs_grad: bool, backend: str, x, w, bias, g, activation, slope) -> None:
+        after = needs_grad and activation in AFTER
+        self.maps, self.g, self.slope, self.backend = maps, g, slope, _of_gradients(backend)
+        self.fused, self.after = (None, activation) if after else (activation, None)
+        self.kernel = choose(maps.ops[Y], x, (x, w, bias, g, self.fused, slope), backend)
+        alone = needs_grad and self.kernel in maps.by_torch and maps.needs_no_help(self.kernel, x, w, g, self.backend)
+        self.function = maps.function if needs_grad and not alone else None
+        self.backwards: dict[tuple, Callable] = {}
+
+    def run(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        if self.function:
+            y = self.function.apply(x, w, bias, self)
+        else:
+            y = self.kernel.run(x, w, bias, self.g, self.fused, self.slope)
+        return activate(y, self.after, self.slope) if self.after else y
+
+    def gradients(self, grad: Tensor, x: Tensor, w: Tensor, y: Tensor | None, needs: tuple) -> tuple:
+        rest = self.g, self.fused, self.slope
+        if torch.is_grad_enabled() or _transforms_active() or _traced(grad, x, w):
+            return self.maps.gradients(grad, x, w, y, *rest, self.backend, needs)
+        key = (grad.stride(), needs, torch.get_num_threads())
+        chosen = self.backwards.get(key)
+        if chosen is None:
+            chosen = self.backwards[key] = self.maps.backward(grad, x, w, y, *rest, needs, self.backend)
+        return chosen(grad, x, w, y, *rest, needs)
+
+
 class Forward(torch.autograd.Function):
-    """The short way of eager calls: no dispatcher where no transform, subclass or mode is active."""
+    """The op with bias and activation. `plan`: its Plan."""
 
     @staticmethod
-    def forward(ctx, x, w, bias, call):
-        _, g, activation, slope, _, kernel = ctx.call = call
-        y = kernel.run(x, w, bias, g, activation, slope)
-        ctx.save_for_backward(x, w, y if activation else None)
+    def forward(ctx, x, w, bias, plan):
+        y = plan.kernel.run(x, w, bias, plan.g, plan.fused, plan.slope)
+        ctx.plan = plan
+        ctx.save_for_backward(x, w, y if plan.fused else None)
         ctx.set_materialize_grads(False)
         return y
 
@@ -283,10 +359,7 @@ class Forward(torch.autograd.Function):
     def backward(ctx, grad):
         if grad is None:
             return None, None, None, None
-        maps, g, activation, slope, backend, _ = ctx.call
-        x, w, y = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
-        return *maps.gradients(grad, x, w, y, g, activation, slope, _of_gradients(backend), needs), None
+        return *ctx.plan.gradients(grad, *ctx.saved_tensors, ctx.needs_input_grad[:3]), None
 
 
 def _register_forward(lib: torch.library.Library, maps: Maps) -> None:

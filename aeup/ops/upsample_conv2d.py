@@ -95,4 +95,4 @@ def _check_kind(name: str, a: Tensor, b: Tensor) -> None:
         )
 
 
-upsample_conv2d = _Maps().forward
+UPSAMPLE_CONV2D = _Maps()

@@ -4,6 +4,7 @@ Two forms serve a GPU. Where every pixel is repeated a whole number of times, th
 weight ("fold"); else a tile of the upsampled map made on chip ("resample").
 """
 
+import re
 from functools import lru_cache
 
 import torch
@@ -13,7 +14,6 @@ from aeup.backends import Kernel, Op
 from aeup.ops import compiled
 from aeup.ops import upsample_conv_cpu as cpu
 from aeup.ops import upsample_conv_plain as plain
-from aeup.ops.conv_choice import why_torch
 from aeup.ops.conv_shapes import W, X, Y
 from aeup.ops.epilogue import NUMBER
 from aeup.ops.interpolate import MODES, Map
@@ -98,24 +98,31 @@ def _cuda_refuses(kind: int):
     return refuses
 
 
-@lru_cache(4096)
-def _yields(kind: int, g: UpsampleGeometry, n: int, dtype: torch.dtype, tf32: bool, last: bool, device) -> str | None:
-    if not fold(g):
-        return "the tile on chip is not measured against interpolate and cuDNN yet: ask for it by name"
-    family = _family(kind, g, n, dtype, tf32, last, device).split(" ")[0]
-    if family not in ("hopper", "hopper_float", "few"):
-        return f"its {family} kernels are not measured to be faster than interpolate and cuDNN"
-    name = torch.cuda.get_device_name(device) if torch.cuda.is_available() else ""
-    dtype_class, layout = "tf32" if tf32 else str(dtype)[6:], "NHWC" if last else "NCHW"
-    return why_torch(name, family, _PASSES[kind], dtype_class, layout, n * g.m.ih * g.m.iw)
+# --- for the tuned tables ---
 
 
-def _cuda_yields(kind: int):
-    def yields(a, b, *rest) -> str | None:
+def _problem(kind: int):
+    def problem(a, b, *rest) -> tuple:
         g = rest[1] if kind == Y else rest[0]
-        return _yields(kind, g, a.shape[0], a.dtype, compiled.tf32(a), compiled.either_last(a, b), a.device)
+        last = not (a.is_contiguous() and b.is_contiguous()) and compiled.either_last(a, b)
+        return g, a.shape[0], a.dtype, compiled.tf32(a), last
 
-    return yields
+    return problem
+
+
+def _features(kind: int):
+    def features(problem: tuple, device: torch.device) -> dict:
+        """`pixels`: of the input. `family`: on a GPU that of the extension's kernels, on a CPU "fold" or "tile"."""
+        g, n, dtype, tf32, last = problem
+        family = "fold" if fold(g) else "tile"
+        if device.type != "cpu":
+            has = not isinstance(compiled.raw(_operator(kind, g)), str) and dtype in compiled.FLOATS
+            family = _family(kind, g, n, dtype, tf32, last, device) if has and max(*g[1:], *g.m[:4]) < 2**30 else ""
+            family = "" if family.startswith("refuses") else re.split("[ ,]", family)[0]
+        found = {"dtype": "tf32" if tf32 else str(dtype)[6:], "layout": "NHWC" if last else "NCHW"}
+        return found | {"mode": g.m.mode, "family": family, "pixels": n * g.m.ih * g.m.iw}
+
+    return features
 
 
 # --- triton ---
@@ -154,14 +161,14 @@ def _map_op(kind: int, cuda, public, on_cpu, cpu_refuses, method: str) -> Op:
             cuda,
             _cuda_refuses(kind),
             lambda device, a, b, *rest: _family_of(kind, a, b, rest, device),
-            _cuda_yields(kind),
         ),
         "triton": compiled.triton_kernel(NAMES[kind], public, "refuses_upsample_conv2d"),
         "cpu": Kernel(on_cpu, cpu_refuses, cpu.label_y if kind == Y else cpu.label_gradient),
         "composed": Kernel(getattr(plain.BY_AEUP, method), _composed_refuses, lambda *_: plain.LABEL),
         "torch": Kernel(getattr(plain.BY_TORCH, method), _serves),
     }
-    return Op(f"aeup.{NAMES[kind]}", kernels)
+    of_call = {"op": NAMES[Y], "pass": _PASSES[kind]}
+    return Op(f"aeup.{NAMES[kind]}", kernels, of_call, _problem(kind), _features(kind))
 
 
 MAPS = {

@@ -1,12 +1,14 @@
 """Upsampling and the convolution after it, one after the other: by torch, or by aeup's resampling and torch's
 convolution. The upsampled map is written."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from aeup.ops.epilogue import activate, activation_gradient
-from aeup.ops.interpolate import reference, resample_by
+from aeup.ops.interpolate import reference, resample
 from aeup.ops.upsample_conv_shapes import UpsampleGeometry
 
 LABEL = "interpolate, then conv2d"
@@ -47,4 +49,4 @@ class _OneAfterTheOther:
 
 
 BY_TORCH = _OneAfterTheOther(reference)
-BY_AEUP = _OneAfterTheOther(resample_by("auto"))
+BY_AEUP = _OneAfterTheOther(partial(resample, backend="auto"))

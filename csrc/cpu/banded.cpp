@@ -20,8 +20,9 @@ namespace aeup {
 namespace AEUP_ISA {
 namespace {
 
-constexpr int64_t kSegment = 4096;          // elements of a row that a task keeps hot
-constexpr int64_t kStreamBytes = 16 << 20;  // destinations from this size on are written past the caches
+constexpr int64_t kSegment = 4096;  // elements of a row that a task keeps hot
+// Destinations from this size on are written past the caches. malloc hands smaller ones out again, still in a cache.
+constexpr int64_t kStreamBytes = 32 << 20;
 
 // out[e] = sum_t w[t] * rows[t][e] for e in [0, n)
 template <int N, class S, class D, class A>

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
-from pathlib import Path
+from functools import lru_cache
+
+from aeup import tuned
 
 from .axis import TAPS, antialias_taps, integer_scale, make_axis, phases, transposed, window
 
@@ -37,19 +40,70 @@ class Plan:
     launches: tuple[Launch, ...]
     scratch: dict = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if _asked:
+            raise _PlannedError
 
-@cache
-def configurations() -> dict:
-    return json.loads((Path(__file__).parent / "configs.json").read_text())
+
+# --- configurations ---
+
+_trial: dict[str, dict] = {}  # what the tuner tries, before the tables
+_asked: list[str] = []
+
+
+class _PlannedError(Exception):
+    pass
 
 
 def configuration(device: str, *problem: str) -> dict:
-    """The entry for `problem` (kernel, mode, layout, type) of this device; its last parts may be missing there."""
-    for table in (configurations().get(device, {}), configurations()["default"]):
+    """The entry for `problem` (kernel, mode, layout, type) of this device in the tuned tables; its last parts may be
+    missing there."""
+    if _asked:
+        _asked.append(".".join(problem))
+    for table in (_trial, *tuned.triton(device)):
         for n in range(len(problem), 0, -1):
             if entry := table.get(".".join(problem[:n])):
                 return entry
     raise KeyError(f"no configuration for {problem[0]}")
+
+
+def forget() -> None:
+    """Plans are made anew, from the tables as they are then."""
+    for module in [m for name, m in sys.modules.items() if name.startswith(__package__ + ".")]:
+        for value in list(vars(module).values()):
+            if hasattr(value, "cache_clear"):
+                value.cache_clear()
+
+
+tuned.on_change.append(forget)
+
+
+@contextmanager
+def trying(sizes: dict[str, dict]) -> Iterator[None]:
+    """Inside, these problems have these sizes, whatever the tables say."""
+    _trial.update(sizes)
+    forget()
+    try:
+        yield
+    finally:
+        _trial.clear()
+        forget()
+
+
+def problems(call: Callable[[], object]) -> tuple[str, ...]:
+    """The problems that the kernels of `call` would ask the tables for. Nothing is launched: `call` is stopped at its
+    first plan."""
+    forget()
+    _asked.append("")  # recording
+    try:
+        call()
+    except _PlannedError:
+        pass
+    finally:
+        found = [tuple(problem.split(".")) for problem in dict.fromkeys(_asked[1:])]
+        _asked.clear()
+    full = {kernel: max(len(p) for p in found if p[0] == kernel) for kernel, *_ in found}  # the others ask for a class
+    return tuple(".".join(p) for p in found if len(p) == full[p[0]])
 
 
 def vector(elements: int, most: int) -> int:
