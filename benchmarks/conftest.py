@@ -3,7 +3,6 @@
 import pytest
 import torch
 from aeup.bench.cli import OPERATORS
-from aeup.bench.workload import DIRECTIONS
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -17,8 +16,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     found = []
     for operator in OPERATORS:
         filters = {"shapes": operator.quick} if rows == "quick" else {"sets": (rows,)}
+        if rows != "quick" and rows not in operator.axes["set"]:
+            continue
         for case in operator.cases(device, **filters):
-            for direction in DIRECTIONS:
+            for direction in case.directions:
                 label = f"{operator.name}/{case.id}/{direction}"
                 found.append(pytest.param(operator, case, direction, device, id=label))
     metafunc.parametrize("operator, case, direction, device", found)

@@ -6,7 +6,7 @@ synchronisation after them: the larger one of the device's and the host's time, 
 import pytest
 import torch
 from aeup.bench.gate import Gate
-from aeup.bench.harness import bind, results
+from aeup.bench.harness import bind
 from aeup.bench.peers import aeup_peer, torch_eager
 
 CALLS = 20
@@ -19,11 +19,11 @@ def test_row(benchmark, operator, case, direction, device, name):
     with case.context(), peer.context():
         problem = case.problem(device, 0)
         inputs = problem.inputs
-        given = inputs[0] if direction == "forward" else problem.grad
-        expected = results(bind(case.torch(), direction, inputs)(given))
+        given = problem.grad if direction == "backward" else inputs[0]
+        expected = case.outcome(bind(case.torch(), direction, inputs), given)
         gate = Gate(case, direction, problem.parts(direction), expected)
         call = bind(peer.make(case), direction, inputs)
-        checks = gate.check(results(call(given)), keep_layout=peer.subject)
+        checks = gate.check(case.outcome(call, given), keep_layout=peer.subject)
         wrong = {part: check.reason for part, check in checks.items() if check.reason}
         assert not (peer.subject and wrong), wrong
         backend, kernel = peer.explain(case, direction, inputs)

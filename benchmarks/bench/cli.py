@@ -14,19 +14,22 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from . import conv_transpose2d, interpolate, upsample_conv2d
+from . import conv_transpose2d, interpolate, models, readme, upsample_conv2d
+from . import tune as tuning
 from .compare import against
 from .harness import Row, Settings, run
 from .machine import environment, measure_machine
 from .page import make_page
 from .peers import BACKENDS, available
 from .report import Report, read_run, write_whole
-from .workload import DIRECTIONS, Operator
+from .timing import CLOCKS
+from .workload import Operator
 
 OPERATORS: tuple[Operator, ...] = (
     interpolate.OPERATOR,
     conv_transpose2d.OPERATOR,
     upsample_conv2d.OPERATOR,
+    models.OPERATOR,
 )
 WRITE_SECONDS = 2  # what was measured is on the disk at most so much later
 AXES_HELP = {
@@ -39,7 +42,14 @@ AXES_HELP = {
 }
 
 
-@click.group()
+class _Bench(click.Group):
+    """`aeup bench --tune` is `aeup bench tune`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, ["tune", *args[1:]] if args[:1] == ["--tune"] else args)
+
+
+@click.group(cls=_Bench)
 def bench() -> None:
     """Measure aeup against its peers; every result is checked before it is timed."""
 
@@ -87,13 +97,20 @@ def _options(operator: Operator):
     options = [
         click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
         *(_many(axis, tuple(values)) for axis, values in operator.axes.items()),
-        _many("direction", DIRECTIONS),
+        _many("direction", operator.directions),
         click.option(
             "--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="aeup's, forced."
         ),
         click.option("--compiled/--no-compiled", default=None, help="Also torch.compile; default: on a GPU (slow)."),
         click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: torch's."),
         click.option("--min-time", type=click.FloatRange(0, min_open=True), help="Seconds for each peer and row."),
+        click.option(
+            "--clock",
+            type=click.Choice(tuple(CLOCKS)),
+            default="wall",
+            show_default=True,
+            help="processor: the time of one CPU thread (--threads 1), where other programs keep the CPUs busy.",
+        ),
         click.option("--retries", type=click.IntRange(0), default=1, show_default=True, help="Of a disturbed CPU row."),
         click.option(
             "--quick", is_flag=True, help=f"Only {', '.join(operator.quick)}, few samples: a look, not a result."
@@ -120,7 +137,7 @@ def _options(operator: Operator):
 def _command(operator: Operator) -> click.Command:
     @bench.command(
         operator.name,
-        help=f"""Measure aeup.{operator.name} against torch.
+        help=f"""Measure {operator.what} against torch.
 
         Prints a table, losses first, and writes JSON (default: runs/bench/{operator.name}-DEVICE.json) and a page with
         plots beside it. Exit code 1 if a result of aeup is wrong, a row slower than --fail-if-slower allows, or nothing
@@ -133,6 +150,14 @@ def _command(operator: Operator) -> click.Command:
     return command
 
 
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise click.BadParameter("this torch sees no CUDA device", param_hint="--device")
+    return name
+
+
 def _measure(
     operator: Operator,
     device,
@@ -141,6 +166,7 @@ def _measure(
     compiled,
     threads,
     min_time,
+    clock,
     retries,
     quick,
     compare,
@@ -148,27 +174,28 @@ def _measure(
     json_path,
     **filters,
 ) -> int:
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif device == "cuda" and not torch.cuda.is_available():
-        raise click.BadParameter("this torch sees no CUDA device", param_hint="--device")
+    device = _device(device)
+    if clock != "wall" and (device != "cpu" or threads != 1):
+        raise click.BadParameter("the processor's time is measured with --device cpu --threads 1", param_hint="--clock")
     if quick and not filters["shapes"]:
         filters["shapes"] = operator.quick
     try:
         cases = operator.cases(device, **filters)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
-    if not cases:
-        raise click.UsageError(
-            f"no row is left: the filters {', '.join(map('--{}'.format, operator.axes))} exclude each other"
-        )
+    chosen = [d for d in operator.directions if not directions or d in directions]
+    count = sum(d in chosen for case in cases for d in case.directions)
+    if not count:
+        filters = ", ".join(map("--{}".format, (*operator.axes, "direction")))
+        raise click.UsageError(f"no row is left: the filters {filters} exclude each other")
     min_time = min_time or (0.03 if quick else operator.min_time[device])
-    settings = Settings(device, min_time, retries=retries, eager=operator.eager, **({"min_rounds": 3} if quick else {}))
+    rounds = {"min_rounds": 3} if quick else {}
+    settings = Settings(device, min_time, retries=retries, eager=operator.eager, clock=clock, **rounds)
     torch.set_num_threads(threads or torch.get_num_threads())
     peers, gaps = available(operator, device, device != "cpu" if compiled is None else compiled, backend)
     path = json_path or pathlib.Path("runs/bench") / f"{operator.name}-{device}.json"
     options = filters | dict(directions=directions, backend=backend, retries=retries)
-    options |= dict(compiled=compiled, threads=threads, quick=quick)
+    options |= dict(compiled=compiled, threads=threads, min_time=min_time, clock=clock, quick=quick)
     report = Report(operator, [], environment(device), gaps, settings, options)
     if fail_if_slower is not None and compare is None:
         raise click.UsageError("--fail-if-slower needs --compare OLD.json")
@@ -185,15 +212,14 @@ def _measure(
     except OSError as error:
         raise click.BadParameter(f"{path}: {error.strerror}", param_hint="--json") from None
 
-    chosen = [d for d in DIRECTIONS if not directions or d in directions]
-    if device != "cpu" and any(case.flops(direction) for case in cases for direction in chosen):
+    if device != "cpu" and any(case.flops(d) for case in cases for d in case.directions if d in chosen):
         report.machine = measure_machine(device, (case.dtype for case in cases))
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with (
         Progress(*columns, console=Console(stderr=True), transient=True) as progress,
         _sigterm_as_interrupt() as caught,
     ):
-        task = progress.add_task("", total=len(cases) * len(chosen))
+        task = progress.add_task("", total=count)
         written = time.monotonic()
 
         def before(row: Row) -> None:
@@ -242,6 +268,46 @@ def page(runs: tuple[pathlib.Path, ...], out: pathlib.Path) -> None:
         raise click.BadParameter(f"{out}: {error.strerror}", param_hint="--out") from None
     click.echo(f"written to {out}")
 
+
+@bench.command()
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--op", "ops", multiple=True, type=click.Choice([o.name for o in tuning.OPERATORS]), help="Only these.")
+@click.option("--minutes", type=click.FloatRange(0, min_open=True), default=15, show_default=True, help="At most.")
+@click.option("--min-time", type=click.FloatRange(0, min_open=True), help="Seconds for each backend and call.")
+@click.option("--fresh", is_flag=True, help="Measure again what an earlier run has measured.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: torch's.")
+def tune(device, ops, minutes, min_time, fresh, threads) -> None:
+    """Search the fastest backend for each class of calls, and sizes for the Triton kernels, on this device.
+
+    Writes the table that backend "auto" reads: $AEUP_TUNED/DEVICE.json, by default in ~/.cache/aeup/tuned. A second run
+    goes on where the first one ended. Exit code 1 if a result is wrong, 130 or 143 if stopped (Ctrl-C, SIGTERM); what
+    was measured is kept. The same as: aeup bench --tune."""
+    torch.set_num_threads(threads or torch.get_num_threads())
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with (
+        Progress(*columns, console=Console(stderr=True), transient=True) as progress,
+        _sigterm_as_interrupt() as caught,
+    ):
+        bar = progress.add_task("planning", total=None)
+
+        def step(name: str, done: int, total: int) -> None:
+            progress.update(bar, description=name, completed=done, total=total)
+
+        try:
+            table, path, left = tuning.tune(_device(device), ops, minutes, min_time, fresh, step)
+        except ValueError as error:
+            raise click.UsageError(str(error)) from None
+        except OSError as error:
+            raise click.ClickException(f"the tuned table cannot be written: {error}") from None
+    console = Console()
+    console = console if console.is_terminal else Console(width=200)
+    table.render(console)
+    console.print(*filter(None, (left and f"{left};", f"written to {path}")), soft_wrap=True, highlight=False)
+    stopped = (caught or [int(signal.SIGINT)])[0] if left == "stopped" else 0
+    raise SystemExit(128 + stopped if stopped else int(bool(table.wrong())))
+
+
+bench.add_command(readme.write)
 
 if __name__ == "__main__":
     bench()

@@ -134,15 +134,11 @@ def _poison(case: Case, parts: Sequence[Part], s: Settings) -> None:
 
 
 def bind(fn: Callable[..., Tensor], direction: str, inputs: Sequence[Tensor]) -> Callable[[Tensor], object]:
-    """`fn` of what changes from call to call: the first input (forward) or the output's gradient (backward)."""
+    """`fn` of what changes from call to call: the first input, or the output's gradient (backward)."""
     if direction == "backward":
         return autograd_backward(fn, inputs)
     rest = inputs[1:]
     return (lambda x: fn(x, *rest)) if rest else fn
-
-
-def results(out: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return out if isinstance(out, tuple) else (out,)
 
 
 def measure(case: Case, direction: str, peers: Sequence[Peer], s: Settings, machine: Machine | None = None) -> Row:
@@ -156,8 +152,8 @@ def _measure(case: Case, direction: str, peers: Sequence[Peer], s: Settings, mac
     row.floor = machine.floor(case, direction) if machine else None
     problem = case.problem(s.device, s.seed)
     parts, inputs = problem.parts(direction), problem.inputs
-    given = inputs[0] if direction == "forward" else problem.grad
-    gate = Gate(case, direction, parts, results(bind(case.torch(), direction, inputs)(given)))
+    given = problem.grad if direction == "backward" else inputs[0]
+    gate = Gate(case, direction, parts, case.outcome(bind(case.torch(), direction, inputs), given))
     rotated = [given] + [given.clone() for _ in range(_rotation(given.nbytes, s) - 1)]
     calls: dict[str, Call] = {}
     for peer in sorted(peers, key=lambda peer: not peer.is_torch):  # torch first: it sets the budget
@@ -172,14 +168,15 @@ def _measure(case: Case, direction: str, peers: Sequence[Peer], s: Settings, mac
                 made = peer.make(case)
                 fn = bind(made, direction, own)
                 _poison(case, parts, s)
-                out = results(fn(own_rotated[0]))
+                out = case.outcome(fn, own_rotated[0])
                 if peer.is_torch:
                     gate.widen(out)
                 result.checks = gate.check(out, keep_layout=peer.subject)
                 del out
                 result.backend, result.kernel = peer.explain(case, direction, own)
-                if s.device != "cpu" and s.eager and direction == "backward" and not result.check.reason:
-                    result.peak_bytes = peak_bytes(made, own, own_rotated[0])
+                if s.device != "cpu" and s.eager and not result.check.reason:
+                    peak = case.peak(direction, made, own, own_rotated[0])
+                    result.peak_bytes = peak_bytes(peak) if peak else None
         except peer.refusal as error:
             result.status, result.reason = "unsupported", str(error)
             continue
@@ -229,7 +226,7 @@ def run(
     if sum(p.subject for p in peers) != 1:
         raise ValueError(f"peers: expected exactly one subject, got {[p.name for p in peers if p.subject]}")
     subject = next(p.name for p in peers if p.subject)
-    rows = [Row(case, direction, subject) for case in cases for direction in directions]
+    rows = [Row(case, d, subject) for case in cases for d in directions if d in case.directions]
     try:
         for i, row in enumerate(rows):
             before(row)

@@ -22,7 +22,7 @@ import aeup
 from . import decoders
 from .gate import autograd_backward
 from .peers import Peer
-from .workload import DTYPES, EPS, LAYOUTS, Operator, Part, checked, set_of
+from .workload import DTYPES, EPS, LAYOUTS, OpCase, Operator, Part, checked, set_of
 
 MODES = ("nearest", "bilinear", "bicubic")
 DEFAULT_DTYPES = ("fp32", "bf16")
@@ -69,7 +69,7 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(OpCase):
     """One call of `interpolate`: shapes, arguments, dtype and layout. `id` names it in reports and tests."""
 
     shape: str

@@ -10,15 +10,15 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .peers import Peer, torch_compiled
-from .workload import DTYPES, EPS, LAYOUTS, Part, checked, precision
+from .peers import Peer
+from .workload import DTYPES, EPS, LAYOUTS, OpCase, Part, checked, precision
 
 OTHER_LAYOUT = {"NCHW": "NHWC", "NHWC": "NCHW"}
 MARGIN = 1 / 32  # of the standard deviation before the activation
@@ -61,7 +61,7 @@ class Geometry(Protocol):
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(OpCase):
     """One layer in one dtype class and layout, input and weight alike."""
 
     shape: str
@@ -217,11 +217,15 @@ def _convert(case: Case, x: Tensor) -> Tensor:
     return in_layout(case, x, OTHER_LAYOUT[case.layout])
 
 
+def _other(case: Case) -> Case:
+    return replace(case, layout=OTHER_LAYOUT[case.layout])
+
+
 def torch_other_layout() -> Peer:
     """Eager torch in the layout that is not the case's: input, weight and gradient are converted for free, and what it
     gives stays in its layout. The better one of this and "torch" is the best that cuDNN can do."""
-    return Peer("torch-other", lambda case: case.torch(), adapt=_convert, is_torch=True)
+    return Peer("torch-other", lambda case: _other(case).torch(), adapt=_convert, is_torch=True)
 
 
 def compiled_other_layout() -> Peer:
-    return Peer("compiled-other", torch_compiled().make, adapt=_convert)
+    return Peer("compiled-other", lambda case: _other(case).compiled(), adapt=_convert)

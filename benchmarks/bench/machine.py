@@ -80,11 +80,14 @@ def _output_of(*command: str, cwd: pathlib.Path | None = None) -> str | None:
 
 
 def _commit() -> tuple[str | None, bool | None]:
-    """Commit of the checkout that this file lies in, and whether it has uncommitted changes."""
+    """Commit of the checkout that this file lies in, and whether it has uncommitted changes. Without a checkout,
+    that of the environment variable AEUP_COMMIT: what `git describe --always --dirty --abbrev=40 --exclude='*'` printed
+    where the files came from."""
     here = pathlib.Path(__file__).resolve().parent
     top = _output_of("git", "rev-parse", "--show-toplevel", cwd=here)
     if top is None or pathlib.Path(top).resolve() / "benchmarks" / "bench" != here:
-        return None, None
+        told = os.environ.get("AEUP_COMMIT", "").strip()
+        return (told.removesuffix("-dirty"), told.endswith("-dirty")) if told else (None, None)
     commit = _output_of("git", "rev-parse", "--verify", "HEAD", cwd=here)
     return commit, bool(_output_of("git", "status", "--porcelain", cwd=here)) if commit else None
 

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 import aeup
@@ -55,28 +54,18 @@ def torch_eager() -> Peer:
 
 
 def torch_compiled() -> Peer:
-    def make(case: Case):
-        torch._dynamo.reset()  # the recompile limit counts per function, not per case
-        call = case.torch()
-        return torch.compile(lambda *inputs: call(*inputs), dynamic=False, fullgraph=True)
-
-    return Peer("compiled", make)
+    return Peer("compiled", lambda case: case.compiled())
 
 
 def aeup_peer(backend: str = "auto") -> Peer:
     """aeup itself, the subject; with `backend` other than "auto" it is made to use that backend or to say why not."""
 
     def explain(case: Case, direction: str, inputs: tuple) -> tuple[str, str]:
-        calls = aeup.explain(case.aeup(), *inputs)  # the call, then its gradients
-        chosen = calls[:1] if direction == "forward" else calls[1:]
-        return tuple(" + ".join(dict.fromkeys(filter(None, names))) for names in zip(*_choices(chosen), strict=True))
+        chosen = [(choice.backend, choice.kernel) for choice in case.chosen(direction, inputs)] or [("", "")]
+        return tuple(" + ".join(dict.fromkeys(filter(None, names))) for names in zip(*chosen, strict=True))
 
     name, context = ("aeup", nullcontext) if backend == "auto" else (f"aeup:{backend}", lambda: aeup.backend(backend))
     return Peer(name, lambda case: case.aeup(), context, refusal=(aeup.BackendError,), explain=explain, subject=True)
-
-
-def _choices(chosen) -> list[tuple[str, str]]:
-    return [(choice.backend, choice.kernel) for choice in chosen] or [("", "")]
 
 
 def available(

@@ -206,7 +206,9 @@ class Report:
         return self.gpu and self.settings.eager
 
     def to_json(self) -> dict:
-        clock = "CUDA events, L2 flushed, host excluded" if self.gpu else "perf_counter, peers interleaved"
+        clock = (
+            "CUDA events, L2 flushed, host excluded" if self.gpu else f"{self.settings.clock} time, peers interleaved"
+        )
         ratio = "peer's median / aeup's median, above 1 aeup is faster"
         rows = self._rows_json()
         return {
@@ -309,7 +311,7 @@ class Report:
 
     def table(self) -> Table:
         env, columns = self.environment, self._columns()
-        title = f"aeup.{self.operator.name} on {env['device']}, torch {env['torch']}"
+        title = f"{self.operator.what} on {env['device']}, torch {env['torch']}"
         if not self.gpu:
             title += f", {env['threads']} threads"
         table = _new_table(title)

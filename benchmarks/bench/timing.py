@@ -26,10 +26,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+MOST_SPIN = 20e-3  # seconds: covers the host's time of a whole model's step
 WARM_SECONDS = 5e-3  # a CPU slice of calls shorter than this begins with an untimed one
 CONTENDED_CPUS = 0.2
 SAMPLE_SECONDS = 50e-6  # a CPU sample is at least this long: shorter calls are timed in groups
 EAGER_BATCHES = 5
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ class Timing:
 @dataclass(frozen=True)
 class Settings:
     """`min_time`: seconds for one peer in one row (slow calls take longer: `min_rounds` turns each at the least).
-    `retries`: how often a contended row is measured again. `eager`: on a GPU, measure eager time as well."""
+    `retries`: how often a contended row is measured again. `eager`: on a GPU, measure eager time as well. `clock`: on a
+    CPU, one of `CLOCKS`; the processor's time is that of one thread, and other programs do not count in it."""
 
     device: str = "cpu"
     min_time: float = 0.15
@@ -73,6 +76,7 @@ class Settings:
     retries: int = 1
     seed: int = 0
     eager: bool = False
+    clock: str = "wall"
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ def _rounds(estimates: Sequence[float], s: Settings) -> int:
 
 
 def time_cpu(calls: dict[str, Call], s: Settings) -> dict[str, Timing]:
-    now = time.perf_counter
+    now = CLOCKS[s.clock]
     estimates = {}
     for name, call in calls.items():
         with call.context():
@@ -146,6 +150,8 @@ def cpu_seconds() -> tuple[float, float] | None:
 
 def time_undisturbed(calls: dict[str, Call], s: Settings) -> tuple[dict[str, Timing], float | None]:
     """`time_cpu`, again if contended; the least contended timings, and how many CPUs they lacked."""
+    if s.clock == "processor":
+        return time_cpu(calls, s), None
     spare = (os.cpu_count() or 1) - torch.get_num_threads()
     best: tuple[dict[str, Timing], float | None] = {}, math.inf
     for _ in range(1 + s.retries):
@@ -192,7 +198,7 @@ def time_gpu(calls: dict[str, Call], s: Settings) -> dict[str, Timing]:
                 _, _, host = once(call, 0, spin)
                 cuda.synchronize()
                 costs[name] = now() - at
-                spin = spins[name] = int(2e9 * min(2e-3, 2 * host + 50e-6))  # at 2 GHz or less
+                spin = spins[name] = int(2e9 * min(MOST_SPIN, 2 * host + 50e-6))  # at 2 GHz or less
     shuffle = random.Random(s.seed)
     samples: dict[str, list[float]] = {name: [] for name in calls}
     hosts: dict[str, list[float]] = {name: [] for name in calls}
@@ -236,12 +242,11 @@ def time_eager(calls: dict[str, Call], s: Settings) -> dict[str, Timing]:
     return {name: Timing.of(v) for name, v in samples.items()}
 
 
-def peak_bytes(fn: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor) -> int:
-    """How far forward and backward together raise torch's allocated GPU memory above what was allocated before."""
-    leaves = [x.detach().requires_grad_() for x in inputs]
+def peak_bytes(call: Callable[[], object]) -> int:
+    """How far the call raises torch's allocated GPU memory above what was allocated before."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    torch.autograd.grad(fn(*leaves), leaves, grad)
+    call()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before

@@ -1,7 +1,8 @@
 """What the benchmark of an op is made of.
 
-An `Operator` is an op's workload table and its peers; a `Case` is one complete call from that table; a `Problem` is
-the case's data, with float64 references. Harness, gate, report and command line know ops through these alone.
+An `Operator` is a workload table and its peers, of an op or of whole models; a `Case` is one complete call from that
+table; a `Problem` is the case's data, with float64 references. Harness, gate, report and command line know what they
+measure through these alone.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
 from torch import Tensor
+
+import aeup
 
 if TYPE_CHECKING:
     from .peers import Peer
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EPS = {name: torch.finfo(dtype).eps for name, dtype in DTYPES.items()} | {"tf32": 2.0**-10}
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
-DIRECTIONS = ("forward", "backward")
+DIRECTIONS = ("forward", "backward")  # of an op
 
 
 @dataclass(frozen=True)
@@ -49,12 +52,14 @@ class Problem(Protocol):
     grad: Tensor
 
     def parts(self, direction: str) -> tuple[Part, ...]:
-        """What is right: the output (forward), or the gradients of all inputs in their order (backward)."""
+        """What is right: the output (forward), the gradients of all inputs in their order (backward), or of a training
+        step its losses (step)."""
 
 
 class Case(Protocol):
-    """One call of an op: shapes, arguments, dtype class and layout. `id` names it in reports and tests."""
+    """One call: shapes, arguments, dtype class and layout. `id` names it in reports and tests."""
 
+    directions: tuple[str, ...]
     shape: str
     set: str
     source: str
@@ -93,20 +98,58 @@ class Case(Protocol):
     def torch(self) -> Callable[..., Tensor]:
         """inputs -> output by eager torch."""
 
+    def compiled(self) -> Callable[..., Tensor]:
+        """inputs -> output by torch.compile."""
+
     def aeup(self) -> Callable[..., Tensor]:
         """inputs -> output by aeup."""
+
+    def outcome(self, call: Callable[[Tensor], object], given: Tensor) -> tuple[Tensor, ...]:
+        """What the gate judges of `call` (`harness.bind`), one tensor for each part of the problem."""
+
+    def chosen(self, direction: str, inputs: tuple[Tensor, ...]) -> Sequence[aeup.backends.Choice]:
+        """What aeup runs on the inputs."""
+
+    def peak(self, direction: str, made, inputs: Sequence[Tensor], given: Tensor) -> Callable[[], object] | None:
+        """What is run to see how much memory it takes; None where that is not reported."""
+
+
+class OpCase:
+    """What the cases of ops share."""
+
+    directions: ClassVar[tuple[str, ...]] = DIRECTIONS
+
+    def compiled(self) -> Callable[..., Tensor]:
+        torch._dynamo.reset()  # the recompile limit counts per function, not per case
+        call = self.torch()
+        return torch.compile(lambda *inputs: call(*inputs), dynamic=False, fullgraph=True)
+
+    def outcome(self, call: Callable[[Tensor], object], given: Tensor) -> tuple[Tensor, ...]:
+        out = call(given)
+        return out if isinstance(out, tuple) else (out,)
+
+    def chosen(self, direction: str, inputs: tuple[Tensor, ...]) -> Sequence[aeup.backends.Choice]:
+        calls = aeup.explain(self.aeup(), *inputs)  # the call, then its gradients
+        return calls[:1] if direction == "forward" else calls[1:]
+
+    def peak(self, direction: str, made, inputs: Sequence[Tensor], given: Tensor) -> Callable[[], object] | None:
+        """Forward and backward together."""
+        if direction == "forward":
+            return None
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        return lambda: torch.autograd.grad(made(*leaves), leaves, given)
 
 
 @dataclass(frozen=True)
 class Operator:
-    """An op that `aeup bench` measures: `aeup.<name>`.
+    """What a command of `aeup bench` measures: the op `aeup.<name>`, or whole models.
 
     `axes`: the filters (the names of the command line's options without the s) with their values. `columns`: the
     fields of a case that name it in the table. `cases(device type, **filters)` makes the table, with an empty filter
     for the default. `peers(device type, with torch.compile)` gives the peers besides torch and aeup, and the gaps.
     `min_time`: seconds for a peer and row, by device type. `eager`: also time calls one after another, with the host's
-    time. `group`: what the cases' groups are; `budget`: what the gate does beyond its rule; `notes`: what a reader of
-    the table must know.
+    time. `group`: what the cases' groups are; `budget`: what the gate does beyond its rule; `directions`: those that
+    its cases have; `notes`: what a reader of the table must know.
     """
 
     name: str
@@ -119,7 +162,12 @@ class Operator:
     group: str = "group"
     eager: bool = False
     budget: str = ""
+    directions: tuple[str, ...] = DIRECTIONS
     notes: tuple[str, ...] = ()
+
+    @property
+    def what(self) -> str:
+        return "whole models" if self.directions != DIRECTIONS else f"aeup.{self.name}"
 
 
 def checked(axes: Mapping[str, Sequence[str]], **filters: Iterable[str]) -> None:

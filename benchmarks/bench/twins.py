@@ -1,0 +1,100 @@
+"""The torch twin of a model: the same parameters and state_dict keys, with torch's own modules and functions in the
+place of aeup's. `aeup.swap` goes the other way."""
+
+from __future__ import annotations
+
+import copy
+import types
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import aeup
+from aeup.functional import parse_activation
+
+_PLAIN = {
+    aeup.Upsample: nn.Upsample,
+    aeup.UpsamplingNearest2d: nn.UpsamplingNearest2d,
+    aeup.UpsamplingBilinear2d: nn.UpsamplingBilinear2d,
+    aeup.ConvTranspose2d: nn.ConvTranspose2d,
+}
+_FUNCTIONS = {aeup.interpolate: F.interpolate}
+_ACTIVATIONS = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "silu": nn.SiLU, "gelu": nn.GELU}
+_ACTIVATIONS |= {"tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """A copy of `model` [any input -> any output] without aeup's ops: nn.Upsample, nn.Conv2d, nn.ConvTranspose2d and
+    activation modules in the place of `aeup.Upsample`, `UpsampleConv2d` and `ConvTranspose2d`, F.interpolate for
+    `aeup.interpolate` in the methods of the model's classes. Parameters are copied, their names stay.
+
+    Raises:
+        TypeError: a module of aeup.nn that has no entry here.
+    """
+    return _converted(copy.deepcopy(model))
+
+
+def _converted(module: nn.Module) -> nn.Module:
+    if isinstance(module, aeup.UpsampleConv2d):
+        return _UpsampleConv2d(module)
+    if type(module) in _PLAIN:
+        activation = getattr(module, "activation", None)
+        module.__class__ = _PLAIN[type(module)]
+        return module if activation is None else _with_activation(module, activation)
+    if type(module).__module__ == "aeup.nn":
+        raise TypeError(f"twin: no torch form is known of aeup.{type(module).__name__}")
+    for name, child in module.named_children():
+        setattr(module, name, _converted(child))
+    _by_torch(module)
+    return module
+
+
+def _activation_module(activation) -> nn.Module:
+    """In place where torch has it, as people write it after a convolution."""
+    name, slope = parse_activation(activation)
+    kw = {"relu": {"inplace": True}, "leaky_relu": {"negative_slope": slope, "inplace": True}}.get(name, {})
+    return _ACTIVATIONS[name](**kw)
+
+
+class _UpsampleConv2d(nn.Module):
+    """nn.Upsample, nn.Conv2d, activation: the convolution is a child of the name `conv`, as in aeup's module."""
+
+    def __init__(self, fused: aeup.UpsampleConv2d) -> None:
+        super().__init__()
+        self.upsample = nn.Upsample(fused.size, fused.scale_factor, fused.mode, fused.align_corners)
+        self.conv = fused.conv
+        self.activation = nn.Identity() if fused.activation is None else _activation_module(fused.activation)
+        self.train(fused.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(self.conv(self.upsample(x)))
+
+
+class _ConvTranspose2d(nn.ConvTranspose2d):
+    """nn.ConvTranspose2d, then `after`."""
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        return self.after(super().forward(x, output_size))
+
+
+def _with_activation(layer: nn.ConvTranspose2d, activation) -> nn.Module:
+    layer.__class__ = _ConvTranspose2d
+    layer.after = _activation_module(activation).train(layer.training)
+    return layer
+
+
+def _by_torch(module: nn.Module) -> None:
+    """Methods of the module's class that call a function of aeup by a global name get torch's function there."""
+    cls, methods = type(module), {}
+    for name, method in ((n, m) for c in reversed(cls.__mro__) for n, m in vars(c).items()):
+        if not isinstance(method, types.FunctionType):
+            continue
+        names = {n: method.__globals__[n] for n in method.__code__.co_names if n in method.__globals__}
+        found = {n: _FUNCTIONS[f] for n, f in names.items() if isinstance(f, types.FunctionType) and f in _FUNCTIONS}
+        methods.pop(name, None)  # of a base class, overridden
+        if found:
+            cell, default = method.__closure__, method.__defaults__
+            methods[name] = types.FunctionType(method.__code__, method.__globals__ | found, name, default, cell)
+            methods[name].__kwdefaults__ = method.__kwdefaults__
+    if methods:
+        module.__class__ = type(cls.__name__, (cls,), methods)
