@@ -139,6 +139,7 @@ std::tuple<Tensor, Tensor> aeup::epilogue_gradient(const Tensor& given, const st
   // A gradient that is dense in no layout (expanded, for one) takes the output's.
   e.channels_last = suggests_channels_last(given) || (active && suggests_channels_last(*output));
   const Tensor grad = dense(given, e.channels_last), out = active ? dense(*output, e.channels_last) : grad;
+  before = grad;  // whoever reads it next needs no copy of its own
   if (active) before = aeup::empty_like(grad, sizes(given), e.channels_last);
   Tensor bias = aeup::empty_like(given, {want_bias ? given.size(1) : 0}, false);
   if (empty) {

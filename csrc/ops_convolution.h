@@ -161,7 +161,8 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(const char* op, const Tensor& gi
                                                 bool want_bias, OfInput of_input, OfWeight of_weight) {
   check(op, input, "input", 4);
   auto [grad, bias] = epilogue_gradient(given, output, activation, slope, want_bias);
-  Tensor input_grad = empty_like(given, {0}, false), weight_grad = input_grad;
+  Tensor input_grad, weight_grad;
+  if (!want_input || !want_weight) input_grad = weight_grad = empty_like(given, {0}, false);
   Convolution x{}, w{};
   if (want_input) x = of_input(grad);
   if (want_weight) w = of_weight(grad);

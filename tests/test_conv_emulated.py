@@ -96,6 +96,8 @@ def check(
     bias=True,
     offset=0,
     tf32=False,
+    share=False,
+    result_offset=None,
 ):
     torch.manual_seed(0)
     x, w = tensor(case.input, dtype, nhwc, offset), tensor(case.weight, dtype, weight_nhwc, offset)
@@ -111,11 +113,12 @@ def check(
         dict(input=x, grad=grad),
     )
     how = dict(shapes=(case.input, case.weight, output), tf32=tf32, **case.how)
-    how.update(channels_last=nhwc, weight_channels_last=weight_nhwc)
+    how.update(channels_last=nhwc, weight_channels_last=weight_nhwc, share=share)
     wants, terms = (activate(y, activation), gx, gw), case.terms(output)
     for which in passes:
         layout = weight_nhwc if which == WEIGHT_GRADIENT else nhwc
-        got = tensor(tuple(wants[which].shape), dtype, layout, offset, fill=math.nan)
+        at = offset if result_offset is None else result_offset
+        got = tensor(tuple(wants[which].shape), dtype, layout, at, fill=math.nan)
         case.run(emulated, family, which, got, **given[which], **how)
         close(got, wants[which], dtype, terms[which], tf32)
 

@@ -104,16 +104,16 @@ WORKLOADS: tuple[Decoding | Training, ...] = (
     Decoding("taesd", _TAESD, nets.taesd, (1, 4, 64, 64), (1, 4, 12, 12)),
     Decoding("taesd_b8", _TAESD, nets.taesd, (8, 4, 64, 64), (4, 4, 8, 8)),
     Decoding("dcgan_decoder", "pytorch/examples dcgan/main.py", nets.dcgan, (128, 100, 1, 1), (8, 100, 1, 1)),
-    Training("vae", "vae", 128, 32),
-    Training("vae_flow", "vae", 128, 32, {"posterior": "flow"}),
-    Training("ae", "ae", 128, 32),
-    Training("denoising", "denoising", 128, 32),
-    Training("sparse", "sparse", 128, 32),
-    Training("contractive", "contractive", 128, 32),
+    Training("vae", "vae", 128, 64),
+    Training("vae_flow", "vae", 128, 64, {"posterior": "flow"}),
+    Training("ae", "ae", 128, 64),
+    Training("denoising", "denoising", 128, 64),
+    Training("sparse", "sparse", 128, 64),
+    Training("contractive", "contractive", 128, 64),
     *(Training(f"dcgan_{mode}", "dcgan", 256, 16, {"upsample": mode}, {"width": 32}, "generator") for mode in UPSAMPLE),
     Training("fcn", "fcn", 64, 4),
     *(
-        Training(f"vae_{mode}", "vae", 128, 32, {"upsample": mode}, set="more")
+        Training(f"vae_{mode}", "vae", 128, 64, {"upsample": mode}, set="more")
         for mode in ("conv_transpose", "bilinear", "bicubic")
     ),
     Training("fcn_bilinear", "fcn", 64, 4, {"upsample": "bilinear"}, set="more"),

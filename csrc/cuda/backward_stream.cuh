@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(stream_threads(NHWC, sizeof(T)), stream_blocks
   };
 #pragma unroll
   for (int m = 0; m < VP; ++m)
-    if (!aligned || count[m] < V) {  // what is never fetched stays zero
+    if (!aligned || count[m] < V || pf >= p.planes - plane0) {  // what is never fetched stays zero
 #pragma unroll
       for (int d = 0; d < kRing; ++d) ring[(d * VP + m) * bd] = make_uint4(0, 0, 0, 0);
     }

@@ -32,7 +32,11 @@ struct Window {
 #pragma unroll
       for (int k = 0; k < NC; ++k)
         table[e * kEntry + k * L + t] = j + k < p.u.in ? weight_of<K>(p.u.axis, from + t, j + k) : 0.f;
-      if (t == 0) reinterpret_cast<int*>(table)[e * kEntry + NC * L] = from;
+      if (t == 0) {
+        reinterpret_cast<int*>(table)[e * kEntry + NC * L] = from;
+#pragma unroll
+        for (int k = NC * L + 1; k < kEntry; ++k) table[e * kEntry + k] = 0.f;  // reduce() reads whole float4
+      }
 #ifdef AEUP_EMULATE
       AEUP_EXPECT(outputs_before<K>(p.u, min(j + NC, p.u.in)) <= from + L, "window too narrow");
 #endif

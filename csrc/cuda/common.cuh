@@ -76,8 +76,8 @@ template <int B>
 AEUP_DEV void load_words(const void* p, uint32_t* w) {
   AEUP_CHECK(p, B, false);
 #ifdef AEUP_EMULATE
-  w[0] = 0;
-  std::memcpy(w, p, B);
+  if constexpr (B < 4) w[0] = 0;
+  emu::move(w, p, B);
 #else
   if constexpr (B == 16) {
     const uint4 t = __ldg(static_cast<const uint4*>(p));
@@ -98,7 +98,7 @@ template <int B>
 AEUP_DEV void store_words(void* p, const uint32_t* w) {
   AEUP_CHECK(p, B, true);
 #ifdef AEUP_EMULATE
-  std::memcpy(p, w, B);
+  emu::move(p, w, B);
 #else
   if constexpr (B == 16) {
     *static_cast<uint4*>(p) = make_uint4(w[0], w[1], w[2], w[3]);
@@ -310,6 +310,7 @@ inline int alignment_of(const void* p, int64_t bytes = 0) {
 
 // --- launch ---
 inline constexpr int64_t kMaxGrid = 0x7fffffff;
+inline constexpr size_t kMostStatic = 8 << 10;  // bytes of static shared arrays beside dynamic shared memory
 // Programmatic dependent launch, where the device has it: a kernel launched for it may start once all blocks of the one
 // before it in the stream called let_next_start(), and touches global memory only after after_previous(), when that one
 // has ended and its stores are visible.
@@ -319,7 +320,9 @@ AEUP_DEV void let_next_start() {
 #endif
 }
 AEUP_DEV void after_previous() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#ifdef AEUP_EMULATE
+  emu::after_previous();
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
@@ -335,13 +338,18 @@ int blocks_per_multiprocessor(void (*)(P...), int, size_t) {
   return 4;
 }
 #else
+// Without it, a block on the current device has at most 48 KiB of shared memory, static arrays included.
+template <class... P>
+cudaError_t allow_shared(void (*kernel)(P...), size_t shared) {
+  if (shared + kMostStatic <= (48 << 10)) return cudaSuccess;
+  const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+  if (e != cudaSuccess) cudaGetLastError();  // reported here: do not leave it for the next caller
+  return e;
+}
 // nullptr, or the text of the CUDA error.
 template <class... P, class... A>
 const char* launch(void (*kernel)(P...), dim3 grid, int block, size_t shared, void* stream, A... args) {
-  if (shared > (48 << 10)) {
-    const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
-    if (e != cudaSuccess) return cudaGetErrorString(e);
-  }
+  if (const cudaError_t e = allow_shared(kernel, shared)) return cudaGetErrorString(e);
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = dim3(unsigned(block));
@@ -364,6 +372,7 @@ inline int multiprocessors() {
 template <class... P>
 int blocks_per_multiprocessor(void (*kernel)(P...), int block, size_t shared) {
   int count = 0;
+  if (allow_shared(kernel, shared) != cudaSuccess) return 1;  // the launch reports it
   const cudaError_t e = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, block, shared);
   return e == cudaSuccess && count > 0 ? count : 1;
 }

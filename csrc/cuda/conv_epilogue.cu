@@ -226,6 +226,7 @@ __global__ void __launch_bounds__(kBlock) add_parts(const Acc<T>* partial, T* bi
 #ifdef AEUP_EMULATE
 template <class T>
 const char* launch_next(const Acc<T>* partial, T* bias, int64_t parts, int64_t c, void* stream) {
+  emu::overlap_next();
   return launch(add_parts<T>, c, kBlock, 0, stream, partial, bias, parts, c);
 }
 #else

@@ -151,6 +151,7 @@ __global__ void __launch_bounds__(kBackThreads) fold_back(BackParams<T> p) {
   using S = Acc<T>;
   AEUP_DYNAMIC_SHARED(S, sums);
   __shared__ S parts_of[kBackThreads];
+  static_assert(sizeof(parts_of) <= kMostStatic);
   Split at = split(blockIdx.x, p.tiles_i);
   const int i0 = int(at.remainder) << p.log_i;
   at = split(at.quotient, p.tiles_c);

@@ -1,9 +1,13 @@
 // Hopper's asynchronous units, as thin functions over PTX: mbarriers, tensor-map copies, wgmma fences and descriptors,
-// register reallocation. PTX ISA 8.0 and later, target sm_90a.
+// register reallocation. PTX ISA 8.0 and later, target sm_90a. AEUP_EMULATE: tests/emulate/hopper/hopper_on_host.h has
+// the same functions.
 #pragma once
-#include <cuda.h>
-
 #include "cuda/common.cuh"
+
+#ifdef AEUP_EMULATE
+#include "hopper_on_host.h"
+#else
+#include <cuda.h>
 
 namespace aeup {
 
@@ -46,12 +50,6 @@ AEUP_DEV void copy_box(void* dst, const CUtensorMap* map, uint64_t* bar, int c0,
 }
 AEUP_DEV void prefetch_map(const CUtensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 
-// A shared-memory operand with 128-byte swizzle at a 1024-byte aligned tile. `stride`: bytes between groups of 8 rows
-// of 128 bytes; `leading`: bytes between tiles of 64 elements, where the operand is contiguous along M or N.
-AEUP_DEV uint64_t operand(uint32_t address, uint32_t leading, uint32_t stride) {
-  return uint64_t((address & 0x3ffff) >> 4) | uint64_t(leading >> 4) << 16 | uint64_t(stride >> 4) << 32 |
-         uint64_t(1) << 62;
-}
 AEUP_DEV void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 AEUP_DEV void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int kPending>
@@ -65,13 +63,22 @@ AEUP_DEV void hold(float (&d)[N]) {
   for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-AEUP_DEV uint4 load_shared(uint32_t address) {
-  uint4 v;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "r"(address)
-               : "memory");
+template <class E>
+AEUP_DEV E load_shared(uint32_t address) {
+  E v;
+  if constexpr (sizeof(E) == 16)
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
+                 : "r"(address)
+                 : "memory");
+  else if constexpr (sizeof(E) == 4)
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(address) : "memory");
+  else
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(address) : "memory");
   return v;
+}
+AEUP_DEV void store_shared(uint32_t address, float a, float b) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(a), "f"(b) : "memory");
 }
 AEUP_DEV void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
@@ -93,11 +100,43 @@ AEUP_DEV void store_matrices(uint32_t address, uint32_t a, uint32_t b, uint32_t 
                : "memory");
 }
 
-// A launch that may overlap the end of the kernel before it: see after_previous().
-template <class P>
-const char* launch_early(void (*kernel)(P), int64_t grid, int block, size_t shared, void* stream, const P& p) {
-  cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
-  if (e != cudaSuccess) return cudaGetErrorString(e);
+AEUP_DEV float at_least(float v, float bound) {  // NaN stays NaN
+  float d;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(d) : "f"(v), "f"(bound));
+  return d;
+}
+
+}  // namespace aeup
+#endif
+
+namespace aeup {
+
+using Words = Raw<float, 4>;  // 16 bytes
+
+// A shared-memory operand with 128-byte swizzle at a 1024-byte aligned tile. `stride`: bytes between groups of 8 rows
+// of 128 bytes; `leading`: bytes between tiles of 64 elements, where the operand is contiguous along M or N.
+AEUP_DEV uint64_t operand(uint32_t address, uint32_t leading, uint32_t stride) {
+  return uint64_t((address & 0x3ffff) >> 4) | uint64_t(leading >> 4) << 16 | uint64_t(stride >> 4) << 32 |
+         uint64_t(1) << 62;
+}
+
+// A launch that may overlap the end of the kernel before it: see after_previous(). `shared` belongs to the kernel.
+template <auto kKernel, class P>
+const char* launch_early(int64_t grid, int block, size_t shared, void* stream, const P& p) {
+#ifdef AEUP_EMULATE
+  emu::overlap_next();
+  return launch(kKernel, grid, block, shared, stream, p);
+#else
+  static std::atomic<uint64_t> allowed{0};  // a bit for each device that knows of `shared`
+  int device = 0;
+  cudaError_t e = cudaGetDevice(&device);
+  const uint64_t bit = e == cudaSuccess && device < 64 ? uint64_t(1) << device : 0;
+  if (!(allowed.load(std::memory_order_relaxed) & bit)) {
+    e = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+    if (e != cudaSuccess) cudaGetLastError();  // reported here: do not leave it for the next caller
+    if (e != cudaSuccess) return cudaGetErrorString(e);
+    allowed.fetch_or(bit, std::memory_order_relaxed);
+  }
   cudaLaunchAttribute early;
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
@@ -108,9 +147,10 @@ const char* launch_early(void (*kernel)(P), int64_t grid, int block, size_t shar
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &early;
   config.numAttrs = 1;
-  e = cudaLaunchKernelEx(&config, kernel, p);
-  if (e != cudaSuccess) cudaGetLastError();  // reported here: do not leave it for the next caller
+  e = cudaLaunchKernelEx(&config, kKernel, p);
+  if (e != cudaSuccess) cudaGetLastError();
   return e == cudaSuccess ? nullptr : cudaGetErrorString(e);
+#endif
 }
 
 }  // namespace aeup

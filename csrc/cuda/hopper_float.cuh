@@ -38,9 +38,6 @@ AEUP_DEV float activated(float v, const GemmParams& p) {
   if (p.activation == 0) return v;
   return v < 0 ? (p.activation == int(Activation::relu) ? 0.f : v * p.slope) : v;  // NaN stays NaN
 }
-AEUP_DEV void store_shared(uint32_t address, float a, float b) {
-  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(a), "f"(b) : "memory");
-}
 
 // sum (+)= of one step's products, at the shared addresses of this warpgroup's rows and of the weight's planes. The
 // source's channels 8 t .. 8 t + 7 of a row belong to lane t of its four, two for each k8 product: the weight is packed
@@ -56,11 +53,10 @@ AEUP_DEV void strict_step(float (&part)[kTilesM][kLength], uint32_t a, uint64_t 
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const uint32_t at = a + m * 8192 + (warp * 16 + r * 8 + row) * 128 + ((lane % 4 * 2 + half) ^ row) * 16;
-        const uint4 v = load_shared(at);
-        const uint32_t values[4] = {v.x, v.y, v.z, v.w};
+        const Words v = load_shared<Words>(at);
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const float value = __uint_as_float(values[e]);
+          const float value = __uint_as_float(v.w[e]);
           const uint32_t upper = round_tf32(value);
           high[m][half * 2 + e / 2][r + e % 2 * 2] = upper;
           low[m][half * 2 + e / 2][r + e % 2 * 2] = round_tf32(value - __uint_as_float(upper));
@@ -100,7 +96,8 @@ __global__ void __launch_bounds__(FloatShape<BM, BN, kStrict>::kThreads, 1)
     hopper_float(const __grid_constant__ GemmParams p, bool nchw) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using S = FloatShape<BM, BN, kStrict>;
-  unsigned char* base = aeup_shared + (-shared_address(aeup_shared) & 1023);
+  AEUP_DYNAMIC_SHARED(unsigned char, memory);
+  unsigned char* base = memory + (-shared_address(memory) & 1023);
   unsigned char* staging = base + S::kStages * S::kStage;
   float* bias_shared = reinterpret_cast<float*>(staging + S::kStaging);
   uint64_t* full = reinterpret_cast<uint64_t*>(staging + S::kStaging + S::kBias);
@@ -204,7 +201,9 @@ __global__ void __launch_bounds__(FloatShape<BM, BN, kStrict>::kThreads, 1)
 #pragma unroll
       for (int e = 0; e < (BN + 127) / 128; ++e) {
         const int v = threadIdx.x % 128 + 128 * e, c = t.block * BN + v;
-        own_values[e] = bias && v < BN && c < p.columns ? bias[p.columns == p.c ? c : c - p.by_c.divide(c) * p.c] : 0.f;
+        own_values[e] = bias && v < BN && c < p.columns
+                            ? load_one(bias + (p.columns == p.c ? c : c - p.by_c.divide(c) * p.c))
+                            : 0.f;
       }
       named_barrier(1 + consumer, 128);  // the tile before has read its bias
 #pragma unroll
@@ -254,7 +253,7 @@ __global__ void __launch_bounds__(FloatShape<BM, BN, kStrict>::kThreads, 1)
               for (int h = 0; h < 2; ++h) {
                 const float value = activated<kSmooth>(acc[m][b * 4 + 2 * h + e] + add, p);
                 if (unsigned(top[h] + oh) < unsigned(p.oh) && unsigned(left[h] + ow) < unsigned(p.ow) && v < p.columns)
-                  first[h][offset] = value;
+                  store_one(first[h] + offset, value);
               }
             }
           continue;
@@ -288,8 +287,8 @@ __global__ void __launch_bounds__(FloatShape<BM, BN, kStrict>::kThreads, 1)
             for (int i = 0; i < 4; ++i) {
               const int y = top[i] + oh, x = left[i] + ow, row = i * 4 + lane / 8;
               if (unsigned(y) < unsigned(p.oh) && unsigned(x) < unsigned(p.ow) && v < p.columns)
-                *reinterpret_cast<uint4*>(out + int64_t(pixel[i] + oh * p.ow + ow) * p.c) =
-                    load_shared(own + row * 128 + (lane % 8 ^ (row & 3) << 1) * 16);
+                store_words<16>(out + int64_t(pixel[i] + oh * p.ow + ow) * p.c,
+                                load_shared<Words>(own + row * 128 + (lane % 8 ^ (row & 3) << 1) * 16).w);
             }
           } else {
             const int v = t.block * BN + j * 32 + lane;
@@ -304,12 +303,9 @@ __global__ void __launch_bounds__(FloatShape<BM, BN, kStrict>::kThreads, 1)
               const int i = row / 4, from = row % 4 * 8;
               const int y = __shfl_sync(~0u, top[i], from) + oh, x = __shfl_sync(~0u, left[i], from) + ow;
               const int64_t at = __shfl_sync(~0u, pixel[i], from) + oh * p.ow + ow;
-              float value;
-              asm volatile("ld.shared.f32 %0, [%1];"
-                           : "=f"(value)
-                           : "r"(own + row * 128 + (lane / 4 ^ (row & 3) << 1) * 16 + lane % 4 * 4)
-                           : "memory");
-              if (unsigned(y) < unsigned(p.oh) && unsigned(x) < unsigned(p.ow) && v < p.columns) out[at * p.c] = value;
+              const float value = load_shared<float>(own + row * 128 + (lane / 4 ^ (row & 3) << 1) * 16 + lane % 4 * 4);
+              if (unsigned(y) < unsigned(p.oh) && unsigned(x) < unsigned(p.ow) && v < p.columns)
+                store_one(out + at * p.c, value);
             }
           }
         }

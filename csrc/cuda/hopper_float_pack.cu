@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int e = 0; e < kTile; e += kThreads / 32) {
     const int i = i0 + y + e, r = r0 + x;
-    tile[y + e][x] = i < ci && r < rows ? from[int64_t(i) * rows + r] : 0.f;
+    tile[y + e][x] = i < ci && r < rows ? load_one(from + int64_t(i) * rows + r) : 0.f;
   }
   __syncthreads();
   const int64_t plane = int64_t(rows) * pitch;
@@ -49,13 +49,13 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t plane = int64_t(taps) * ci * pitch;
   if (!channels_last) {
     const float* source = from + (int64_t(i) * co + c0) * taps;
-    for (int e = threadIdx.x; e < count * taps; e += kThreads) line[e] = source[e];
+    for (int e = threadIdx.x; e < count * taps; e += kThreads) line[e] = load_one(source + e);
     __syncthreads();
   }
   for (int e = threadIdx.x; e < wide * taps; e += kThreads) {
     const int tap = e / wide, c = e % wide;
     const float v = c >= count      ? 0.f
-                    : channels_last ? from[(int64_t(i) * taps + tap) * co + c0 + c]
+                    : channels_last ? load_one(from + (int64_t(i) * taps + tap) * co + c0 + c)
                                     : line[c * taps + tap];
     store_split<kStrict>(to, plane, (int64_t(tap) * ci + i) * pitch + c0 + (kStrict ? float_position(c) : c), v);
   }

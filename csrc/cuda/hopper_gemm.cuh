@@ -63,11 +63,6 @@ AEUP_DEV uint32_t pair_of(float a, float b) {
   else
     return half_pair(a, b);
 }
-AEUP_DEV float at_least(float v, float bound) {  // NaN stays NaN
-  float d;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(d) : "f"(v), "f"(bound));
-  return d;
-}
 // What is not a bound from below; kernels of their own, so that the plain ones stay short.
 AEUP_DEV float smooth(float v, int activation, float slope) {
   switch (Activation(activation)) {
@@ -119,12 +114,9 @@ AEUP_DEV void store_columns(const GemmParams& p, const GemmGroup& g, uint32_t ow
         const int row = i * 4 + from / 8, column = half * 4 + lane / 8;
         const int y = __shfl_sync(~0u, top[i], from) + oh, x = __shfl_sync(~0u, left[i], from) + ow;
         const int64_t at = __shfl_sync(~0u, pixel[i], from) + oh * p.ow + ow;
-        uint16_t value;
-        asm volatile("ld.shared.u16 %0, [%1];"
-                     : "=h"(value)
-                     : "r"(own + row * 128 + ((column ^ (row & 7)) << 4) + lane % 8 * 2));
+        const uint32_t value = load_shared<uint16_t>(own + row * 128 + ((column ^ (row & 7)) << 4) + lane % 8 * 2);
         if (unsigned(y) < unsigned(p.oh) && unsigned(x) < unsigned(p.ow) && v < p.columns)
-          *reinterpret_cast<uint16_t*>(out + at * p.c) = value;
+          store_words<2>(out + at * p.c, &value);
       }
   }
 }
@@ -135,7 +127,8 @@ template <class T, int BM, int BN, bool kForward, bool kSmooth>
 __global__ void __launch_bounds__(GemmShape<BM, BN>::kThreads, 1) hopper_gemm(const __grid_constant__ GemmParams p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using S = GemmShape<BM, BN>;
-  unsigned char* base = aeup_shared + (-shared_address(aeup_shared) & 1023);
+  AEUP_DYNAMIC_SHARED(unsigned char, memory);
+  unsigned char* base = memory + (-shared_address(memory) & 1023);
   unsigned char* staging = base + S::kStages * S::kStage;
   float* bias_shared = reinterpret_cast<float*>(staging + S::kStaging);
   uint64_t* full = reinterpret_cast<uint64_t*>(staging + S::kStaging + S::kBias);
@@ -301,8 +294,8 @@ __global__ void __launch_bounds__(GemmShape<BM, BN>::kThreads, 1) hopper_gemm(co
             for (int i = 0; i < 4; ++i) {
               const int y = top[i] + oh, x = left[i] + ow, row = i * 4 + lane / 8;
               if (unsigned(y) < unsigned(p.oh) && unsigned(x) < unsigned(p.ow) && inside)
-                *reinterpret_cast<uint4*>(out + int64_t(pixel[i] + oh * p.ow + ow) * p.c) =
-                    load_shared(own + row * 128 + ((lane % 8 ^ (row & 7)) << 4));
+                store_words<16>(out + int64_t(pixel[i] + oh * p.ow + ow) * p.c,
+                                load_shared<Words>(own + row * 128 + ((lane % 8 ^ (row & 7)) << 4)).w);
             }
           } else {
             store_columns<T, kChunks>(p, g, own, pixel, top, left, t.block * columns + box_column[j], box_phase[j]);

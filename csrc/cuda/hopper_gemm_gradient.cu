@@ -9,7 +9,7 @@ const char* run(const GemmParams& p, void* stream) {
   constexpr int BM = kGemmConfigs[kConfig].bm, BN = kGemmConfigs[kConfig].bn;
   using S = GemmShape<BM, BN>;
   const int64_t grid = p.tiles < multiprocessors() ? p.tiles : multiprocessors();
-  return launch_early(hopper_gemm<T, BM, BN, false, false>, grid, S::kThreads, S::kBytes, stream, p);
+  return launch_early<hopper_gemm<T, BM, BN, false, false>>(grid, S::kThreads, S::kBytes, stream, p);
 }
 
 template <class T>

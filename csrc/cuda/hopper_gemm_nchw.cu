@@ -8,7 +8,7 @@ template <class T, int BM, int BN, int kPhases, bool kForward, bool kSmooth>
 const char* run(const GemmParams& p, void* stream) {
   using S = NchwShape<BM, BN>;
   const int64_t grid = p.tiles < multiprocessors() ? p.tiles : multiprocessors();
-  return launch_early(hopper_gemm_nchw<T, BM, BN, kPhases, kForward, kSmooth>, grid, S::kThreads, S::kBytes, stream, p);
+  return launch_early<hopper_gemm_nchw<T, BM, BN, kPhases, kForward, kSmooth>>(grid, S::kThreads, S::kBytes, stream, p);
 }
 
 template <class T, int kPhases, bool kForward, bool kSmooth>

@@ -24,7 +24,8 @@ template <class T, int BM, int BN, int kPhases, bool kForward, bool kSmooth>
 __global__ void __launch_bounds__(384, 1) hopper_gemm_nchw(const __grid_constant__ GemmParams p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using S = NchwShape<BM, BN>;
-  unsigned char* base = aeup_shared + (-shared_address(aeup_shared) & 1023);
+  AEUP_DYNAMIC_SHARED(unsigned char, memory);
+  unsigned char* base = memory + (-shared_address(memory) & 1023);
   int64_t* offsets = reinterpret_cast<int64_t*>(base + S::kStages * S::kStage);
   uint64_t* full = reinterpret_cast<uint64_t*>(base + S::kStages * S::kStage + S::kOffsets);
   uint64_t* empty = full + 8;
@@ -142,10 +143,11 @@ __global__ void __launch_bounds__(384, 1) hopper_gemm_nchw(const __grid_constant
           if (paired) {
             if (at < 0) continue;
             if constexpr (kPhases == 2) {
-              *reinterpret_cast<uint2*>(out + at) =
-                  make_uint2(pair_of<T>(v[0][0], v[0][1]), pair_of<T>(v[1][0], v[1][1]));
+              const uint32_t pairs[2] = {pair_of<T>(v[0][0], v[0][1]), pair_of<T>(v[1][0], v[1][1])};
+              store_words<8>(out + at, pairs);
             } else {
-              *reinterpret_cast<uint32_t*>(out + at) = pair_of<T>(v[0][0], v[1][0]);
+              const uint32_t pair = pair_of<T>(v[0][0], v[1][0]);
+              store_words<4>(out + at, &pair);
             }
           } else {
 #pragma unroll

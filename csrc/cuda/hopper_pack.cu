@@ -9,11 +9,22 @@ namespace {
 
 constexpr int kTile = 64, kThreads = 256;
 
+template <class E>
+AEUP_DEV E load_bits(const E* p) {
+  AEUP_CHECK(p, sizeof(E), false);
+  return *p;
+}
+template <class E>
+AEUP_DEV void store_bits(E* p, E bits) {
+  AEUP_CHECK(p, sizeof(E), true);
+  *p = bits;
+}
+
 // from [n, rows, columns] -> to [n, columns, pitch]; rows up to pitch are zeros. Element-wise where a pair would
-// straddle.
+// straddle, or lie across a word (load_pairs).
 template <class E>
 __global__ void __launch_bounds__(kThreads)
-    transpose(const E* from, E* to, int64_t rows, int64_t columns, int64_t pitch, int64_t row_tiles) {
+    transpose(const E* from, E* to, int64_t rows, int64_t columns, int64_t pitch, int64_t row_tiles, bool load_pairs) {
   let_next_start();
   constexpr bool kPairs = sizeof(E) == 2;
   __shared__ E tile[kTile][kTile + (kPairs ? 2 : 1)];
@@ -22,12 +33,12 @@ __global__ void __launch_bounds__(kThreads)
   from += n * rows * columns;
   to += n * columns * pitch;
   const int x = threadIdx.x % 32, y = threadIdx.x / 32;
-  if (kPairs && columns % 2 == 0) {
+  if (kPairs && load_pairs) {
 #pragma unroll
     for (int i = 0; i < kTile; i += kThreads / 32) {
       const int64_t r = r0 + y + i, c = c0 + 2 * x;
       uint32_t v = 0;
-      if (r < rows && c < columns) v = *reinterpret_cast<const uint32_t*>(from + r * columns + c);
+      if (r < rows && c < columns) v = load_bits(reinterpret_cast<const uint32_t*>(from + r * columns + c));
       *reinterpret_cast<uint32_t*>(&tile[y + i][2 * x]) = v;
     }
   } else {
@@ -36,7 +47,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int64_t r = r0 + y + i, c = c0 + x + 32 * h;
-        tile[y + i][x + 32 * h] = r < rows && c < columns ? from[r * columns + c] : 0;
+        tile[y + i][x + 32 * h] = r < rows && c < columns ? load_bits(from + r * columns + c) : 0;
       }
   }
   __syncthreads();
@@ -45,7 +56,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = 0; i < kTile; i += kThreads / 32) {
       const int64_t c = c0 + y + i, r = r0 + 2 * x;
       const uint32_t v = tile[2 * x][y + i] | uint32_t(tile[2 * x + 1][y + i]) << 16;
-      if (c < columns && r < pitch) *reinterpret_cast<uint32_t*>(to + c * pitch + r) = v;
+      if (c < columns && r < pitch) store_bits(reinterpret_cast<uint32_t*>(to + c * pitch + r), v);
     }
   } else {
 #pragma unroll
@@ -53,7 +64,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int64_t c = c0 + y + i, r = r0 + x + 32 * h;
-        if (c < columns && r < pitch) to[c * pitch + r] = tile[x + 32 * h][y + i];
+        if (c < columns && r < pitch) store_bits(to + c * pitch + r, tile[x + 32 * h][y + i]);
       }
   }
 }
@@ -64,11 +75,12 @@ const char* launch_transpose(const void* from, void* to, int64_t n, int64_t rows
   const int64_t row_tiles = ceil_div(pitch, kTile);
   const int64_t tiles = row_tiles * ceil_div(columns, kTile);
   if (tiles > kMaxGrid) return "grid too large";
+  const bool load_pairs = columns % 2 == 0 && reinterpret_cast<uintptr_t>(from) % 4 == 0;
   for (int64_t at = 0; at < n; at += 65535) {
     const int64_t count = n - at < 65535 ? n - at : 65535;
     AEUP_LAUNCH(transpose<E>, dim3(unsigned(tiles), unsigned(count)), kThreads, 0, stream,
                 static_cast<const E*>(from) + at * rows * columns, static_cast<E*>(to) + at * columns * pitch, rows,
-                columns, pitch, row_tiles);
+                columns, pitch, row_tiles, load_pairs);
   }
   return nullptr;
 }
@@ -80,7 +92,7 @@ __global__ void __launch_bounds__(kThreads) pad(const E* from, E* to, int64_t ro
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < rows * padded; i += step) {
     const int64_t row = i / padded;
     const int column = int(i % padded);
-    to[i] = column < c ? from[row * c + column] : 0;
+    store_bits(to + i, column < c ? load_bits(from + row * c + column) : E(0));
   }
 }
 
@@ -94,16 +106,17 @@ __global__ void __launch_bounds__(kThreads)
   if (channels_last) {
     for (int e = threadIdx.x; e < wide * taps; e += kThreads) {
       const int tap = e / wide, c = e % wide;
-      to[(int64_t(tap) * ci + i) * padded + c0 + c] = c < count ? from[(int64_t(i) * taps + tap) * co + c0 + c] : 0;
+      store_bits(to + (int64_t(tap) * ci + i) * padded + c0 + c,
+                 c < count ? load_bits(from + (int64_t(i) * taps + tap) * co + c0 + c) : uint16_t(0));
     }
     return;
   }
   const uint16_t* source = from + (int64_t(i) * co + c0) * taps;
-  for (int e = threadIdx.x; e < count * taps; e += kThreads) line[e] = source[e];
+  for (int e = threadIdx.x; e < count * taps; e += kThreads) line[e] = load_bits(source + e);
   __syncthreads();
   for (int e = threadIdx.x; e < wide * taps; e += kThreads) {
     const int tap = e / wide, c = e % wide;
-    to[(int64_t(tap) * ci + i) * padded + c0 + c] = c < count ? line[c * taps + tap] : 0;
+    store_bits(to + (int64_t(tap) * ci + i) * padded + c0 + c, c < count ? line[c * taps + tap] : uint16_t(0));
   }
 }
 
@@ -119,7 +132,7 @@ __global__ void __launch_bounds__(kThreads)
     const int y = (phase / sw + ph) % sh + tap / (kw / sw) * sh, x = (phase % sw + pw) % sw + tap % (kw / sw) * sw;
     const int64_t at =
         channels_last ? ((int64_t(i) * kh + y) * kw + x) * co + c : ((int64_t(i) * co + c) * kh + y) * kw + x;
-    to[e] = phase < sh * sw ? from[at] : 0;
+    store_bits(to + e, phase < sh * sw ? load_bits(from + at) : uint16_t(0));
   }
 }
 

@@ -38,7 +38,8 @@ template <class T, int BN>
 __global__ void __launch_bounds__(Shape<BN>::kThreads, 1) weight_gradient(const __grid_constant__ Params p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using S = Shape<BN>;
-  unsigned char* base = aeup_shared + (-shared_address(aeup_shared) & 1023);
+  AEUP_DYNAMIC_SHARED(unsigned char, memory);
+  unsigned char* base = memory + (-shared_address(memory) & 1023);
   uint64_t* full = reinterpret_cast<uint64_t*>(base + S::kStages * S::kStage);
   uint64_t* empty = full + 8;
   const int warpgroup = threadIdx.x / 128, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
@@ -133,14 +134,20 @@ __global__ void __launch_bounds__(Shape<BN>::kThreads, 1) weight_gradient(const 
             const float v1 = h ? acc[j * 32 + b * 4 + 3] : acc[j * 32 + b * 4 + 1];
             if (p.direct) {
               T* out = static_cast<T*>(p.direct) + (int64_t(i) * p.taps + box / p.co_boxes) * p.co + c0 + b * 8;
-              if (c0 + b * 8 < p.co) *reinterpret_cast<uint32_t*>(out) = pair_of<T>(v0, v1);
+              if (c0 + b * 8 < p.co) {
+                AEUP_CHECK(out, 4, true);
+                *reinterpret_cast<uint32_t*>(out) = pair_of<T>(v0, v1);
+              }
               continue;
             }
             if (p.co % 2 == 0) {
-              if (c0 + b * 8 < p.co) *reinterpret_cast<float2*>(to + b * 8) = make_float2(v0, v1);
+              if (c0 + b * 8 < p.co) {
+                AEUP_CHECK(to + b * 8, 8, true);
+                *reinterpret_cast<float2*>(to + b * 8) = make_float2(v0, v1);
+              }
             } else {
-              if (c0 + b * 8 < p.co) to[b * 8] = v0;
-              if (c0 + b * 8 + 1 < p.co) to[b * 8 + 1] = v1;
+              if (c0 + b * 8 < p.co) store_one(to + b * 8, v0);
+              if (c0 + b * 8 + 1 < p.co) store_one(to + b * 8 + 1, v1);
             }
           }
         }
@@ -156,7 +163,7 @@ constexpr int kSumThreads = 256;
 template <class T>
 __global__ void __launch_bounds__(kSumThreads)
     add_partials(const float* partial, T* to, int splits, int taps, int ci, int co, bool channels_last) {
-  extern __shared__ float sums[];  // [taps, 65]
+  AEUP_DYNAMIC_SHARED(float, sums);  // [taps, 65]
   const int i = blockIdx.x, c0 = blockIdx.y * 64;
   const int count = co - c0 < 64 ? co - c0 : 64;
   const int64_t step = int64_t(taps) * ci * co;
@@ -165,7 +172,7 @@ __global__ void __launch_bounds__(kSumThreads)
     if (c >= count) continue;
     const float* from = partial + (int64_t(tap) * ci + i) * co + c0 + c;
     float sum = 0;
-    for (int s = 0; s < splits; ++s) sum += from[s * step];
+    for (int s = 0; s < splits; ++s) sum += load_one(from + s * step);
     if (channels_last)
       store_one(to + (int64_t(i) * taps + tap) * co + c0 + c, sum);
     else
@@ -207,7 +214,7 @@ template <class T, int BN>
 const char* run(const Params& p, void* stream) {
   using S = Shape<BN>;
   const int64_t grid = p.tiles < multiprocessors() ? p.tiles : multiprocessors();
-  return launch_early(weight_gradient<T, BN>, grid, S::kThreads, S::kBytes, stream, p);
+  return launch_early<weight_gradient<T, BN>>(grid, S::kThreads, S::kBytes, stream, p);
 }
 template <class T>
 const char* run_all(const Params& p, const Convolution& c, int bn, void* stream) {

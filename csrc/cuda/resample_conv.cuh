@@ -104,7 +104,9 @@ struct Map {
   int piece;              // bytes of a copy: 16, 4, or one element
   int strips;             // of rows, which different threads make
   Divider pieces, lines;  // by pieces of a line, by rows
-  AEUP_HD int window_bytes() const { return last ? rows * line : plane * (kChunk / int(sizeof(T))); }
+  AEUP_HD int64_t window_bytes() const {
+    return last ? int64_t(rows) * line : int64_t(plane) * (kChunk / int(sizeof(T)));
+  }
   AEUP_HD int tile_bytes() const { return th * tw * kPitch; }
 };
 
@@ -198,7 +200,7 @@ AEUP_DEV void make_strips(const Map<T>& m, const TileTaps& t, const unsigned cha
     for (int k = 0; k < K; ++k) {
       const int x = inside ? clamp_index(h.start + k, m.h.in) - at.x : 0;
       from[k] = window + (kLast ? x * kChunk + channel * kSize : channel * m.plane + x * kSize);
-      wh[k] = K == 1 ? 1.f : h.w[k];
+      wh[k] = K == 1 || !inside ? 1.f : h.w[k];
     }
     float ring[K][kV];
     int base = INT_MIN;  // row of ring[0]
@@ -314,7 +316,8 @@ Map<T> map_of(const ResampleConv& c, bool gradient, int height) {
     m.line = m.columns * kChunk;
   } else {
     m.line = (m.columns * kSize + (m.piece - kSize) + 15) / 16 * 16;
-    m.plane = (m.rows * m.line + 47) / 64 * 64 + 16;  // an odd number of 16 bytes: pairs of channels in other banks
+    // An odd number of 16 bytes: pairs of channels in other banks. Far more than fits: refused.
+    m.plane = int(min((int64_t(m.rows) * m.line + 47) / 64 * 64, int64_t(1) << 24)) + 16;
   }
   m.pieces = Divider(m.line / m.piece), m.lines = Divider(m.rows);
   // Strips that keep all threads busy: rows walked, with those that start a strip, by the longest thread.

@@ -21,6 +21,7 @@ __global__ void __launch_bounds__(kBlock, 2) resample_conv_forward(ResampleForwa
   using T = typename Q::T;
   AEUP_DYNAMIC_SHARED(unsigned char, shared);
   __shared__ TileTaps table;
+  static_assert(sizeof(table) <= kMostStatic);
   Split at = split(blockIdx.x, p.gemm.column_tiles);
   const int row0 = int(at.remainder) * Q::kColumns;
   at = split(at.quotient, p.gemm.groups);
@@ -91,7 +92,7 @@ const char* start_resample_forward(const ResampleConv& c, void* workspace, void*
   p.activation = c.activation, p.slope = c.slope;
   const double blocks = double(c.n) * p.tiles_h * p.tiles_w * c.groups * p.gemm.column_tiles;
   if (blocks > double(kMaxGrid)) return "the result has too many tiles";
-  const int shared = int(max(operand_bytes<Q>(p.gemm.map), stage_bytes<Q>(c.channels_last)));
+  const int shared = int(max(operand_bytes<Q>(p.gemm.map), int64_t(stage_bytes<Q>(c.channels_last))));
   AEUP_LAUNCH((resample_conv_forward<Q>), int64_t(blocks), kBlock, size_t(shared), stream, p);
   return nullptr;
 }

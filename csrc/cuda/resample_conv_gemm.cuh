@@ -184,7 +184,7 @@ AEUP_DEV void stage_sums(const float (&acc)[4][Q::kFragments][4], bool last, flo
 
 // --- host ---
 template <class Q>
-int operand_bytes(const Map<typename Q::T>& m) {
+int64_t operand_bytes(const Map<typename Q::T>& m) {
   return m.tile_bytes() + Q::kStages * Q::kStage + m.window_bytes();
 }
 // The weight as the GEMM wants it: as it is, or packed into the workspace as [group][tap][rows][reduction], the latter

@@ -59,6 +59,7 @@ __global__ void __launch_bounds__(kBlock, 2) resample_conv_input(ResampleInput<t
   __shared__ TileTaps table;
   __shared__ Adjoint<Q::kHeight> rows;
   __shared__ Adjoint<kTileWidth> columns;
+  static_assert(sizeof(table) + sizeof(rows) + sizeof(columns) <= kMostStatic);
   Split at = split(blockIdx.x, p.gemm.column_tiles);
   const int row0 = int(at.remainder) * Q::kColumns;
   at = split(at.quotient, p.gemm.groups);
@@ -181,7 +182,7 @@ const char* start_resample_input(const ResampleConv& c, void* workspace, void* s
   const int64_t bytes = int64_t(sizeof(T));
   p.wide = c.channels_last && alignment_of(c.result, c.ci * bytes | c.ci / c.groups * bytes) >= 4 * bytes;
   const int64_t per_rectangle = c.n * c.groups * p.gemm.column_tiles;
-  p.sums_bytes = int(max(operand_bytes<Q>(p.gemm.map), stage_bytes<Q>(true)));
+  p.sums_bytes = int(max(operand_bytes<Q>(p.gemm.map), int64_t(stage_bytes<Q>(true))));
   int major = 0, minor = 0;
   if (const char* error = device_capability(&major, &minor)) return error;
   const int64_t limit = shared_limit(major, minor), half = limit / 2 - (4 << 10);  // two blocks on a multiprocessor

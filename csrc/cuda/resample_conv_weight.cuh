@@ -84,6 +84,7 @@ __global__ void __launch_bounds__(kBlock, 2) resample_conv_weight(ResampleWeight
   constexpr bool kRound = kSize == 4 && !kSplit;
   AEUP_DYNAMIC_SHARED(unsigned char, shared);
   __shared__ TileTaps table;
+  static_assert(sizeof(table) <= kMostStatic);
   const Map<T>& m = p.map;
   unsigned char* const tile = shared;
   unsigned char* const grads = tile + m.tile_bytes();  // twice

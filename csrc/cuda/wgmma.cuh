@@ -4,6 +4,7 @@
 #pragma once
 #include "cuda/hopper.cuh"
 
+#ifndef AEUP_EMULATE
 namespace aeup {
 
 // clang-format off
@@ -167,3 +168,4 @@ AEUP_DEV void wgmma(float (&d)[128], uint64_t a, uint64_t b, int accumulate) {
 // clang-format on
 
 }  // namespace aeup
+#endif

@@ -5,6 +5,7 @@
 #pragma once
 #include "cuda/hopper.cuh"
 
+#ifndef AEUP_EMULATE
 namespace aeup {
 
 // clang-format off
@@ -132,3 +133,4 @@ AEUP_DEV void wgmma_tf32(float (&d)[64], const uint32_t (&a)[4], uint64_t b, int
 // clang-format on
 
 }  // namespace aeup
+#endif

@@ -18,6 +18,7 @@ struct Device {  // the buffers that kernels may touch
 
   explicit Device(int64_t bytes) : workspace(size_t(bytes + 255) / 8 + 34, ~0ull) {
     aeup::emu::machine.buffers.clear();
+    aeup::race::forget();
     stores.reserve(4);
     if (!bytes) return;
     at = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(workspace.data()) + 255) / 256 * 256);

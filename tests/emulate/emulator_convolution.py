@@ -4,7 +4,7 @@ import ctypes
 
 import torch
 
-from .emulator import DTYPES, tensor
+from .emulator import DTYPES, explained, tensor
 
 ACTIVATIONS = ("none", "relu", "leaky_relu", "silu", "gelu", "tanh", "sigmoid")
 FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT = range(3)
@@ -25,7 +25,7 @@ def call(emulated, name, *arguments):
     entry.restype = ctypes.c_char_p
     error = entry(*arguments)
     if error is not None:
-        raise RuntimeError(error.decode())
+        raise explained(error, emulated.lib._name)
 
 
 def run_sizes(
@@ -41,13 +41,13 @@ def run_sizes(
     tf32=False,
     activation="none",
     slope=0.01,
+    share=False,
     **tensors,
 ):
     """Fill ``result`` by entry point ``name``. sizes: its integers; tensors: what the pass reads of input, weight, bias
-    and grad, dense in the layouts named."""
-    how = (ctypes.c_int * 6)(
-        which, DTYPES[result.dtype], channels_last, weight_channels_last, tf32, ACTIVATIONS.index(activation)
-    )
+    and grad, dense in the layouts named. share: the gradient in the form that both gradients share."""
+    flags = channels_last, weight_channels_last, tf32, ACTIVATIONS.index(activation), share
+    how = (ctypes.c_int * 7)(which, DTYPES[result.dtype], *flags)
     size = (ctypes.c_int64 * len(sizes))(*sizes)
     call(emulated, name, family.encode(), *pointers(result, **tensors), size, how, ctypes.c_double(slope))
     return result

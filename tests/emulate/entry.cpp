@@ -39,6 +39,7 @@ const char* aeup_emulate(const void* src, void* dst, const int64_t* size, const 
   void* const at = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(workspace.data()) + 15) / 16 * 16);
   std::vector<uint8_t> stores(size_t(bytes_of(p, p.backward)), 0);
   const char *s = static_cast<const char*>(src), *d = static_cast<const char*>(dst), *w = static_cast<const char*>(at);
+  race::forget();
   emu::machine.buffers = {{s, s + bytes_of(p, !p.backward), false, nullptr},
                           {d, d + bytes_of(p, p.backward), true, &stores},
                           {w, w + work, true, nullptr}};
@@ -60,6 +61,7 @@ const char* aeup_emulate_end(const void* src, void* dst, const int64_t* size, co
   const Problem p = problem(src, dst, size, scale, how);
   if (interpolate_cuda_workspace(p)) return "this kernel needs a workspace";
   const char *s = static_cast<const char*>(src), *d = static_cast<const char*>(dst);
+  race::forget();
   emu::machine.buffers = {{s, s + bytes_of(p, !p.backward), false, nullptr},
                           {d, d + bytes_of(p, p.backward), true, nullptr}};
   emu::machine.last_blocks = blocks;

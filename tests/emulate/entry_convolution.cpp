@@ -1,9 +1,9 @@
 // ctypes entry points of the emulated convolution kernels (see emulator_convolution.py).
-#include "conv_launch.h"
-#include "device.h"
+#include "family.h"
 
+#ifndef AEUP_EMULATE_HOPPER
 namespace aeup {
-// The Hopper kernels are written for units that are not emulated.
+// The Hopper kernels have a library of their own: emulator_hopper.py.
 constexpr ConvolutionFamily not_emulated(const char* name) {
   return {name, [](const Convolution&, Pass, int, int) -> const char* { return "not emulated"; },
           [](const Convolution&, Pass) -> int64_t { return 0; },
@@ -12,10 +12,11 @@ constexpr ConvolutionFamily not_emulated(const char* name) {
 const ConvolutionFamily kHopperConvolution = not_emulated("hopper");
 const ConvolutionFamily kHopperFloatConvolution = not_emulated("hopper_float");
 }  // namespace aeup
+#endif
 
 namespace {
 // size: n ci co ih iw oh ow kh kw sh sw ph pw dh dw groups; how: pass dtype channels_last weight_channels_last tf32
-// activation.
+// activation share.
 aeup::Convolution describe(const int64_t* size, const int* how, double slope) {
   aeup::Convolution c{};
   c.n = size[0], c.ci = size[1], c.co = size[2];
@@ -35,35 +36,16 @@ using emulated::Device;
 using emulated::reply;
 
 extern "C" {
-// Returns null, or what went wrong: a refusal, a bad access, or an element stored not exactly once.
+// Returns null, or what went wrong (family.h).
 const char* aeup_emulate_convolution(const char* family, const void* input, const void* weight, const void* bias,
                                      const void* grad, void* result, const int64_t* size, const int* how,
                                      double slope) {
-  using namespace aeup;
-  Convolution c = describe(size, how, slope);
+  aeup::Convolution c = describe(size, how, slope);
   c.input = input, c.weight = weight, c.bias = bias, c.grad = grad, c.result = result;
-  const Pass pass = static_cast<Pass>(how[0]);
-  std::string why;
-  const ConvolutionFamily* f = choose_convolution(c, pass, family, 9, 0, &why);
-  if (!f) {
-    reply = "refused: " + why;
-    return reply.c_str();
-  }
-  const int64_t work = f->workspace(c, pass), e = bytes_of(c.dtype);
-  const int64_t in = c.n * c.ci * c.ih * c.iw * e, out = c.n * c.co * c.oh * c.ow * e;
-  const int64_t weights = c.ci * (c.co / c.groups) * c.kh * c.kw * e;
-  Device device(work);
-  if (pass != Pass::input_gradient) device.reads(input, in);
-  if (pass != Pass::forward) device.reads(grad, out);
-  if (pass != Pass::weight_gradient) device.reads(weight, weights);
-  device.reads(bias, c.co * e);
-  device.writes(result, pass == Pass::forward ? out : pass == Pass::input_gradient ? in : weights);
-  if (const char* error = f->launch(c, pass, device.at, nullptr)) {
-    reply = error;
-    return reply.c_str();
-  }
-  return device.all_stored();
+  const int64_t weights = c.ci * (c.co / c.groups) * c.kh * c.kw * bytes_of(c.dtype);
+  return emulated::run_pass(c, static_cast<aeup::Pass>(how[0]), family, weights, how[6] != 0);
 }
+#ifndef AEUP_EMULATE_HOPPER
 // size: n c pixels; how: dtype channels_last activation.
 const char* aeup_emulate_epilogue(const void* grad, const void* output, void* before, void* bias, const int64_t* size,
                                   const int* how, double slope) {
@@ -85,4 +67,5 @@ const char* aeup_emulate_epilogue(const void* grad, const void* output, void* be
   }
   return device.all_stored();
 }
+#endif
 }

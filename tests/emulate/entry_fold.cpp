@@ -1,21 +1,15 @@
 // ctypes entry points of the folded convolution (see emulator_fold.py).
-#include "conv_launch.h"
-#include "device.h"
+#include "family.h"
 #include "hopper_pack.h"
 
 using namespace aeup;
+using emulated::answer;
 using emulated::bytes_of;
 using emulated::Device;
-using emulated::reply;
 
 namespace {
-const char* answer(const char* error) {
-  if (!error) return nullptr;
-  reply = error;
-  return reply.c_str();
-}
 // size: n ci co ih iw groups, then kernel, scale and padding; how: pass dtype channels_last weight_channels_last tf32
-// activation.
+// activation share.
 Convolution describe(const int64_t* size, const int* how) {
   Convolution c{};
   c.n = size[0], c.ci = size[1], c.co = size[2], c.ih = size[3], c.iw = size[4], c.groups = int(size[5]);
@@ -28,27 +22,15 @@ Convolution describe(const int64_t* size, const int* how) {
 }  // namespace
 
 extern "C" {
-// Returns null, or what went wrong: a refusal, a bad access, or an element stored not exactly once.
+// Returns null, or what went wrong (family.h).
 const char* aeup_emulate_upsample_conv(const char* family, const void* input, const void* weight, const void* bias,
                                        const void* grad, void* result, const int64_t* size, const int* how,
                                        double slope) {
   Convolution c = describe(size, how);
   c.slope = float(slope);
   c.input = input, c.weight = weight, c.bias = bias, c.grad = grad, c.result = result;
-  const Pass pass = static_cast<Pass>(how[0]);
-  std::string why;
-  const ConvolutionFamily* f = choose_convolution(c, pass, family, 9, 0, &why);
-  if (!f) return answer(("refused: " + why).c_str());
-  const int64_t e = bytes_of(c.dtype), in = c.n * c.ci * c.ih * c.iw * e, out = c.n * c.co * c.oh * c.ow * e;
-  const int64_t weights = c.co * (c.ci / c.groups) * c.fold_h.kernel * c.fold_w.kernel * e;
-  Device device(f->workspace(c, pass));
-  if (pass != Pass::input_gradient) device.reads(input, in);
-  if (pass != Pass::forward) device.reads(grad, out);
-  if (pass != Pass::weight_gradient) device.reads(weight, weights);
-  device.reads(bias, c.co * e);
-  device.writes(result, pass == Pass::forward ? out : pass == Pass::input_gradient ? in : weights);
-  if (const char* error = f->launch(c, pass, device.at, nullptr)) return answer(error);
-  return device.all_stored();
+  const int64_t weights = c.co * (c.ci / c.groups) * c.fold_h.kernel * c.fold_w.kernel * bytes_of(c.dtype);
+  return emulated::run_pass(c, static_cast<Pass>(how[0]), family, weights, how[6] != 0);
 }
 
 // Packs a weight for a Hopper family: 0 [taps, ci, co], 1 with the phases as columns, 2 float32 for the forward, 3 the
@@ -74,7 +56,7 @@ const char* aeup_emulate_pack(int kind, bool strict, bool folded, const void* we
                           : kind == 4 ? pack_float_gradient(c, result, pitch, strict, nullptr)
                                       : pack_float_forward(c, result, pitch, kind == 3, strict, nullptr))
     return answer(error);
-  return folded ? device.all_stored() : nullptr;  // the other kernels' stores are not counted
+  return device.all_stored();
 }
 
 // The fold of an axis: to[2 t] .. to[2 t + 1] are the kernel indices that folded tap t sums; then as many of the folded
