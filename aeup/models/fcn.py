@@ -24,9 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aeup.decoder import UPSAMPLE, check_int
-from aeup.functional import interpolate
 from aeup.models.base import Model, check_choice
-from aeup.nn import ConvTranspose2d
+from aeup.nn import ConvTranspose2d, Upsample
 
 HEADS = {"32s": 32, "16s": 16, "8s": 8}
 
@@ -70,10 +69,12 @@ class FCN(Model):
         self.skips = nn.ModuleDict({f"pool{i}": nn.Conv2d(widths[i], c.classes, 1) for i in skips})
         for skip in self.skips.values():
             nn.init.zeros_(skip.weight), nn.init.zeros_(skip.bias)
-        self.enlarge = nn.ModuleList()
+        scales = [2] * len(skips) + [HEADS[c.head]]
         if c.upsample == "conv_transpose":
-            self.enlarge.extend(bilinear_conv_transpose(c.classes, 2) for _ in skips)
-            self.enlarge.append(bilinear_conv_transpose(c.classes, HEADS[c.head]).requires_grad_(False))
+            self.enlarge = nn.ModuleList(bilinear_conv_transpose(c.classes, scale) for scale in scales)
+            self.enlarge[-1].requires_grad_(False)
+        else:
+            self.enlarge = nn.ModuleList(Upsample(scale_factor=scale, mode=c.upsample) for scale in scales)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> scores [N, classes, H, W]."""
@@ -82,17 +83,9 @@ class FCN(Model):
             y = F.max_pool2d(layer(y), 2, ceil_mode=True)
             maps[f"pool{i}"] = y
         y = self.score(y)
-        for i, (name, skip) in enumerate(self.skips.items()):
-            y = self._enlarged(y, 2, i, maps[name]) + skip(maps[name])
-        return self._enlarged(y, HEADS[self.config.head], -1, x)
-
-    def _enlarged(self, y: Tensor, scale: int, i: int, like: Tensor) -> Tensor:
-        """`y` enlarged `scale` times and cut to the size of `like`."""
-        if self.config.upsample == "conv_transpose":
-            y = self.enlarge[i](y)
-        else:
-            y = interpolate(y, scale_factor=scale, mode=self.config.upsample)
-        return y[:, :, : like.shape[2], : like.shape[3]]
+        for enlarge, (name, skip) in zip(self.enlarge, self.skips.items(), strict=False):
+            y = cut(enlarge(y), maps[name]) + skip(maps[name])
+        return cut(self.enlarge[-1](y), x)
 
     def segment(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> labels [N, H, W]."""
@@ -127,6 +120,11 @@ class FCN(Model):
             "mean_iu": (hits / union)[union > 0].mean().item(),
             "pixel_accuracy": (hits.sum() / pixels).item(),
         }
+
+
+def cut(y: Tensor, like: Tensor) -> Tensor:
+    """The upper left corner of `y`, of the size of `like`."""
+    return y[:, :, : like.shape[2], : like.shape[3]]
 
 
 def block(c_in: int, c_out: int) -> nn.Sequential:

@@ -1,12 +1,10 @@
-"""The torch twin of a model: the same parameters and state_dict keys, with torch's own modules and functions in the
-place of aeup's. `aeup.swap` goes the other way."""
+"""The torch twin of a model: the same parameters and state_dict keys, with torch's own modules in the place of
+aeup's. `aeup.swap` goes the other way."""
 
 from __future__ import annotations
 
 import copy
-import types
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import aeup
@@ -18,15 +16,14 @@ _PLAIN = {
     aeup.UpsamplingBilinear2d: nn.UpsamplingBilinear2d,
     aeup.ConvTranspose2d: nn.ConvTranspose2d,
 }
-_FUNCTIONS = {aeup.interpolate: F.interpolate}
 _ACTIVATIONS = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "silu": nn.SiLU, "gelu": nn.GELU}
 _ACTIVATIONS |= {"tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
 
 
 def twin(model: nn.Module) -> nn.Module:
     """A copy of `model` [any input -> any output] without aeup's ops: nn.Upsample, nn.Conv2d, nn.ConvTranspose2d and
-    activation modules in the place of `aeup.Upsample`, `UpsampleConv2d` and `ConvTranspose2d`, F.interpolate for
-    `aeup.interpolate` in the methods of the model's classes. Parameters are copied, their names stay.
+    activation modules in the place of `aeup.Upsample`, `UpsampleConv2d` and `ConvTranspose2d`. Parameters are copied,
+    their names stay.
 
     Raises:
         TypeError: a module of aeup.nn that has no entry here.
@@ -45,7 +42,6 @@ def _converted(module: nn.Module) -> nn.Module:
         raise TypeError(f"twin: no torch form is known of aeup.{type(module).__name__}")
     for name, child in module.named_children():
         setattr(module, name, _converted(child))
-    _by_torch(module)
     return module
 
 
@@ -81,20 +77,3 @@ def _with_activation(layer: nn.ConvTranspose2d, activation) -> nn.Module:
     layer.__class__ = _ConvTranspose2d
     layer.after = _activation_module(activation).train(layer.training)
     return layer
-
-
-def _by_torch(module: nn.Module) -> None:
-    """Methods of the module's class that call a function of aeup by a global name get torch's function there."""
-    cls, methods = type(module), {}
-    for name, method in ((n, m) for c in reversed(cls.__mro__) for n, m in vars(c).items()):
-        if not isinstance(method, types.FunctionType):
-            continue
-        names = {n: method.__globals__[n] for n in method.__code__.co_names if n in method.__globals__}
-        found = {n: _FUNCTIONS[f] for n, f in names.items() if isinstance(f, types.FunctionType) and f in _FUNCTIONS}
-        methods.pop(name, None)  # of a base class, overridden
-        if found:
-            cell, default = method.__closure__, method.__defaults__
-            methods[name] = types.FunctionType(method.__code__, method.__globals__ | found, name, default, cell)
-            methods[name].__kwdefaults__ = method.__kwdefaults__
-    if methods:
-        module.__class__ = type(cls.__name__, (cls,), methods)
