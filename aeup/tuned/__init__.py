@@ -159,7 +159,8 @@ def ignoring_users() -> Iterator[None]:
 
 
 @lru_cache(None)
-def _processor() -> str:
+def processor() -> str:
+    """The CPU's name."""
     try:
         found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
@@ -171,7 +172,7 @@ def device_name(device: torch.device) -> str:
     """The name by which tables know a device: a GPU's own; a CPU's with its number of threads now."""
     if device.type == "cpu":
         threads = torch.get_num_threads()
-        return f"{_processor()}, {threads} thread{'s' if threads > 1 else ''}"
+        return f"{processor()}, {threads} thread{'s' if threads > 1 else ''}"
     return torch.cuda.get_device_name(device) if device.type == "cuda" and torch.cuda.is_available() else ""
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 import aeup
+from aeup import tuned
 
 from .workload import DTYPES, Case, precision
 
@@ -92,16 +93,6 @@ def _commit() -> tuple[str | None, bool | None]:
     return commit, bool(_output_of("git", "status", "--porcelain", cwd=here)) if commit else None
 
 
-def _cpu_name() -> str:
-    try:
-        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
 def environment(device: str) -> dict:
     """Where the figures come from: device, driver, versions, commit, date."""
     commit, dirty = _commit()
@@ -116,7 +107,7 @@ def environment(device: str) -> dict:
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device_type": device,
-        "device": torch.cuda.get_device_name() if gpu else _cpu_name(),
+        "device": torch.cuda.get_device_name() if gpu else tuned.processor(),
         "driver": driver.splitlines()[0] if driver else None,
         "capability": ".".join(map(str, torch.cuda.get_device_capability())) if gpu else None,
         "cpus": os.cpu_count(),
