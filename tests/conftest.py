@@ -24,6 +24,18 @@ def poison():
     torch.use_deterministic_algorithms(before)
 
 
+@pytest.fixture
+def user_tables(tmp_path, monkeypatch):
+    """Where the user's tuned tables are; read anew before and after."""
+    from aeup import tuned
+
+    monkeypatch.setenv("AEUP_TUNED", str(tmp_path))
+    tuned.forget()
+    yield tmp_path
+    monkeypatch.undo()
+    tuned.forget()
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """For tiny models: a second thread only waits for the first."""

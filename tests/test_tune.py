@@ -34,15 +34,6 @@ def fixed(**seconds):
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("AEUP_TUNED", str(tmp_path))
-    tuned.forget()
-    yield tmp_path
-    monkeypatch.undo()
-    tuned.forget()
-
-
-@pytest.fixture
 def operators(monkeypatch):
     """Two cases of each operator."""
     layer = Layer("tiny", conv.Geometry(2, 8, 5, 6, 3, 4, 2, 1, 0), "bf16", "NHWC", "this test")
@@ -166,7 +157,7 @@ def no_step(*args):
     pass
 
 
-def test_auto_follows_what_was_measured(folder, operators, monkeypatch):
+def test_auto_follows_what_was_measured(user_tables, operators, monkeypatch):
     monkeypatch.setattr(tune.tune_choices, "__defaults__", (fixed(torch=0.5),))
     x = torch.randn(2, 5, 6, 7)
 
@@ -175,7 +166,7 @@ def test_auto_follows_what_was_measured(folder, operators, monkeypatch):
 
     assert backends() == ["cpu", "cpu"]
     table, path, left = tune.tune("cpu", (), 1.0, None, False, no_step)
-    assert left is None and path == tuned.path_of(tuned.device_name(CPU)) and list(folder.iterdir()) == [path]
+    assert left is None and path == tuned.path_of(tuned.device_name(CPU)) and list(user_tables.iterdir()) == [path]
     assert backends() == ["torch", "torch"]
     choice = aeup.explain(aeup.interpolate, x, scale_factor=2, mode="bilinear")[0]
     assert "torch took 50 % of the time of cpu in 1 measured call (your tuned table, 2" in choice.others["cpu"]
@@ -189,7 +180,7 @@ def test_auto_follows_what_was_measured(folder, operators, monkeypatch):
     assert len(written["rows"]) == len(table.rows) > 4
 
 
-def test_a_second_run_goes_on_and_fresh_starts_again(folder, operators, monkeypatch):
+def test_a_second_run_goes_on_and_fresh_starts_again(user_tables, operators, monkeypatch):
     seen = []
 
     def clock(timed, s):
@@ -214,7 +205,7 @@ def test_a_second_run_goes_on_and_fresh_starts_again(folder, operators, monkeypa
     assert len(seen) == 12  # another torch: nothing is taken over
 
 
-def test_what_was_measured_before_an_interrupt_is_kept(folder, operators, monkeypatch):
+def test_what_was_measured_before_an_interrupt_is_kept(user_tables, operators, monkeypatch):
     readings = iter(range(4))  # two of each call that torch wins
 
     def clock(timed, s):
@@ -229,13 +220,13 @@ def test_what_was_measured_before_an_interrupt_is_kept(folder, operators, monkey
     assert len(tuned.rules(CPU)) == 2
 
 
-def test_a_table_that_cannot_be_written_leaves_the_old_one(folder, operators, monkeypatch):
+def test_a_table_that_cannot_be_written_leaves_the_old_one(user_tables, operators, monkeypatch):
     path = tuned.path_of(tuned.device_name(CPU))
     path.write_text("the old one")
     table = tune.Table(CPU, rows={"x": row(cpu=2.0, torch=1.0) | {"contended": False, "default": object()}})
     with pytest.raises(TypeError):
         table.write(path)
-    assert path.read_text() == "the old one" and list(folder.iterdir()) == [path]
+    assert path.read_text() == "the old one" and list(user_tables.iterdir()) == [path]
 
 
 # --- the command ---
@@ -245,20 +236,20 @@ def invoke(*args):
     return CliRunner().invoke(cli.bench, args, catch_exceptions=False)
 
 
-def test_command(folder, operators):
+def test_command(user_tables, operators):
     done = invoke("--tune", "--op", "interpolate", "--min-time", "0.001")
-    assert done.exit_code == 0 and "4 calls measured" in done.output and str(folder) in done.output
+    assert done.exit_code == 0 and "4 calls measured" in done.output and str(user_tables) in done.output
     again = invoke("tune", "--op", "interpolate", "--minutes", "1")
     assert again.exit_code == 0 and "4 calls measured" in again.output
 
 
-def test_command_says_what_it_found(folder, operators, monkeypatch):
+def test_command_says_what_it_found(user_tables, operators, monkeypatch):
     monkeypatch.setattr(tune.tune_choices, "__defaults__", (fixed(torch=0.25),))
     done = invoke("tune", "--op", "interpolate")
     assert "torch took 25 % of the time of cpu" in " ".join(done.output.split()) and "rules" in done.output
 
 
-def test_command_fails_on_a_wrong_result_and_tells_of_a_stop(folder, operators, monkeypatch):
+def test_command_fails_on_a_wrong_result_and_tells_of_a_stop(user_tables, operators, monkeypatch):
     op = aeup.ops.interpolate.OP
     real = op.kernels["cpu"]
     with monkeypatch.context() as patch:
@@ -274,12 +265,12 @@ def test_command_fails_on_a_wrong_result_and_tells_of_a_stop(folder, operators, 
     assert done.exit_code == 143 and "stopped; written to" in done.output
 
 
-def test_bad_usage(folder, monkeypatch):
+def test_bad_usage(user_tables, monkeypatch):
     assert "--minutes" in invoke("--tune", "--minutes", "0").output
     monkeypatch.setenv("AEUP_TUNED", "")
     done = invoke("tune", "--op", "interpolate")
     assert done.exit_code == 2 and "must name a folder" in done.output
-    (folder / "file").write_text("")
-    monkeypatch.setenv("AEUP_TUNED", str(folder / "file" / "in"))
+    (user_tables / "file").write_text("")
+    monkeypatch.setenv("AEUP_TUNED", str(user_tables / "file" / "in"))
     done = invoke("tune", "--op", "interpolate")
     assert done.exit_code == 1 and "cannot be written" in done.output

@@ -31,13 +31,9 @@ def test_in_the_interpreter():
 
 
 @pytest.fixture
-def name(tmp_path, monkeypatch):
+def name(user_tables):
     """Of the device in the tuned tables, with the user's in a folder of their own."""
-    monkeypatch.setenv("AEUP_TUNED", str(tmp_path))
-    tuned.forget()
-    yield "interpreter" if DEVICE == "cpu" else torch.cuda.get_device_name()
-    monkeypatch.undo()
-    tuned.forget()
+    return "interpreter" if DEVICE == "cpu" else torch.cuda.get_device_name()
 
 
 OPERATOR = replace(tune.OPERATORS[0], cases=lambda device: [SMALL])

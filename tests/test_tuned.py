@@ -19,16 +19,6 @@ H100, CPU = "NVIDIA H100 80GB HBM3", torch.device("cpu")
 X = torch.randn(2, 3, 8, 8)
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """Where the user's tables are; read anew before and after."""
-    monkeypatch.setenv("AEUP_TUNED", str(tmp_path))
-    tuned.forget()
-    yield tmp_path
-    monkeypatch.undo()
-    tuned.forget()
-
-
 def write(choices=(), device=None, **more):
     name = device or tuned.device_name(CPU)
     table = {"schema": tuned.SCHEMA, "device": name, "choices": list(choices), **more}
@@ -79,14 +69,14 @@ def test_first_fitting_rule_decides(device, family, which, dtype, layout, pixels
     assert found.backend == ("cuda" if fused else "composed")
 
 
-def test_a_cpu_has_no_rules_by_default(folder):
+def test_a_cpu_has_no_rules_by_default(user_tables):
     assert tuned.rules(CPU) == () and tuned.rules(torch.device("meta")) == ()
 
 
 # --- the user's table ---
 
 
-def test_auto_and_explain_follow_the_users_table(folder):
+def test_auto_and_explain_follow_the_users_table(user_tables):
     def choice(mode="bilinear", x=X):
         return aeup.explain(aeup.interpolate, x, scale_factor=2, mode=mode)
 
@@ -111,7 +101,7 @@ def test_auto_and_explain_follow_the_users_table(folder):
 
 
 @pytest.mark.parametrize("backend", ("torch", "composed", "cpu"))
-def test_convolutions_follow_it_with_their_gradients(folder, backend):
+def test_convolutions_follow_it_with_their_gradients(user_tables, backend):
     x, w = torch.randn(1, 32, 32, 32), torch.randn(32, 32, 3, 3)
 
     def run(upsample_conv, dtype=torch.float32):
@@ -132,7 +122,7 @@ def test_convolutions_follow_it_with_their_gradients(folder, backend):
         assert error <= 2 * budget + 4 * torch.finfo(torch.float32).eps * exact.abs().max()
 
 
-def test_gradients_have_their_own_rules(folder):
+def test_gradients_have_their_own_rules(user_tables):
     """Autograd's own way is taken only where it is what the tables choose."""
     x, w = torch.randn(1, 32, 32, 32, requires_grad=True), torch.randn(32, 32, 3, 3)
 
@@ -148,7 +138,7 @@ def test_gradients_have_their_own_rules(folder):
     assert choices[:2] == ["torch", "cpu"] and name == "_UpsampleConv2dBackward"
 
 
-def test_a_rule_lifts_a_yield_but_no_refusal(folder):
+def test_a_rule_lifts_a_yield_but_no_refusal(user_tables):
     def op(**refusals):
         kernels = {n: Kernel(lambda x, n=n: n, lambda x, n=n: refusals.get(n)) for n in ("cuda", "cpu", "torch")}
         kernels["triton"] = Kernel(lambda x: "triton", lambda x: refusals.get("triton"), yields=lambda x: "unmeasured")
@@ -188,7 +178,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_table_is_left_out_with_one_warning(folder, name):
+def test_a_bad_table_is_left_out_with_one_warning(user_tables, name):
     changed, says = BAD[name]
     good = {"schema": tuned.SCHEMA, "device": tuned.device_name(CPU), "choices": [RULE]}
     path = tuned.path_of(tuned.device_name(CPU))
@@ -212,7 +202,7 @@ def test_where_the_users_tables_are(monkeypatch, tmp_path):
     assert tuned.folder() is None and tuned.path_of("x") is None and tuned.users("any") == {}
 
 
-def test_a_table_is_for_its_number_of_threads(folder):
+def test_a_table_is_for_its_number_of_threads(user_tables):
     before = torch.get_num_threads()
     write([RULE])
     assert aeup.explain(aeup.interpolate, X, scale_factor=2)[0].backend == "torch"
@@ -224,7 +214,7 @@ def test_a_table_is_for_its_number_of_threads(folder):
         torch.set_num_threads(before)
 
 
-def test_nothing_is_read_at_import(folder):
+def test_nothing_is_read_at_import(user_tables):
     tuned.path_of(tuned.device_name(CPU)).write_text("{")
     code = "import aeup.tuned as t; print(t.users.cache_info().misses, t._shipped.cache_info().misses)"
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=120)
@@ -234,7 +224,7 @@ def test_nothing_is_read_at_import(folder):
 # --- sizes of the Triton kernels ---
 
 
-def test_triton_sizes_come_from_the_users_then_the_nearest_then_the_default_table(folder):
+def test_triton_sizes_come_from_the_users_then_the_nearest_then_the_default_table(user_tables):
     problem = ("poly_forward", "bicubic", "nhwc", "bf16")
     assert plans.configuration(H100, *problem) == plans.configuration("default", "poly_forward", "bicubic")
     sizes = {"lanes": 64, "rows": 2, "warps": 2}
@@ -245,7 +235,7 @@ def test_triton_sizes_come_from_the_users_then_the_nearest_then_the_default_tabl
         plans.configuration(H100, "nonsense")
 
 
-def test_plans_follow_a_trial_and_tell_what_they_ask_for(folder):
+def test_plans_follow_a_trial_and_tell_what_they_ask_for(user_tables):
     key = (1, 4, 64, 64, 128, 128, "bilinear", False, False, None, None, False, "fp32", False, "default")
 
     def lanes():
@@ -259,7 +249,7 @@ def test_plans_follow_a_trial_and_tell_what_they_ask_for(folder):
     assert lanes() == before
 
 
-def test_good_tables_warn_of_nothing(folder):
+def test_good_tables_warn_of_nothing(user_tables):
     write([RULE], measured={}, rows={"x": {}})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
