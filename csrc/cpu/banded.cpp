@@ -20,7 +20,8 @@ namespace aeup {
 namespace AEUP_ISA {
 namespace {
 
-constexpr int64_t kSegment = 4096;  // elements of a row that a task keeps hot
+constexpr int64_t kSmallWork = 1 << 18;  // elements x taps below which a second thread costs more than it brings
+constexpr int64_t kSegment = 4096;       // elements of a row that a task keeps hot
 // Destinations from this size on are written past the caches. malloc hands smaller ones out again, still in a cache.
 constexpr int64_t kStreamBytes = 32 << 20;
 
@@ -367,7 +368,8 @@ void banded(const Problem& p, int64_t threads, ParallelFor parallel) {
     walk.segments = (plan->h.dst + walk.segment - 1) / walk.segment;
   }
   const int64_t elements = planes * std::max(plan->v.dst * plan->h.dst, plan->v.src * plan->h.src) * c;
-  if (elements * int64_t(sizeof(T)) < kSmallBytes || threads < 2) return walk.run(0, walk.tasks());
+  const int64_t taps = p.mode == Mode::bicubic ? 4 : p.mode == Mode::bilinear ? 2 : 1;
+  if (elements * taps < kSmallWork || threads < 2) return walk.run(0, walk.tasks());
   if (walk.tasks() < 4 * threads) {  // few planes: cut them into strips of rows
     const int64_t want = (4 * threads + walk.tasks() - 1) / walk.tasks();
     walk.strip_rows = std::max<int64_t>(8, (plan->v.dst + want - 1) / want);
