@@ -231,13 +231,16 @@ def test_past_two_to_the_31_elements(mode):
     assert y[1, 0, 14, 14] > 100 and y[0].max() == 0 and y[2, 0, :-4].max() == 0
 
 
-def test_same_bits_on_every_run_and_thread_count():
-    x, threads = torch.randn(2, 5, 33, 47), torch.get_num_threads()
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mode", MODES)
+def test_same_bits_on_every_run_and_thread_count(mode, layout):
+    x = torch.randn(1, 5, 133, 147).contiguous(memory_format=LAYOUTS[layout])  # enough work for several threads
+    threads = torch.get_num_threads()
     results = []
     for n in (1, 2, 2):
         torch.set_num_threads(n)
         leaf = x.clone().requires_grad_()
-        y = aeup.interpolate(leaf, (80, 100), mode="bicubic")
+        y = aeup.interpolate(leaf, (260, 301), mode=mode)
         (y * y).sum().backward()
         results.append((y.detach(), leaf.grad))
     torch.set_num_threads(threads)
