@@ -121,5 +121,5 @@ def environment(device: str) -> dict:
         "triton": triton_version,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
-        "system": platform.platform(),
+        "system": platform.platform().replace(platform.release(), platform.release().split("-")[0]),  # no local name
     }
