@@ -28,28 +28,27 @@ def test_one_plan_for_the_same_call():
     assert not CONV_TRANSPOSE2D.plans
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"x": X[:1]},
-        {"x": X.double()},
-        {"x": X.to(memory_format=torch.channels_last)},
-        {"x": X.clone().requires_grad_()},
-        {"x": X.to("meta")},
-        {"w": W.to(memory_format=torch.channels_last)},
-        {"w": W.clone().requires_grad_()},
-        {"b": None},
-        {"b": torch.nn.Parameter(B)},
-        {"b": B[:3]},
-        {"options": ((2, 2), 1, 0, 1, 1, None)},
-        {"options": (2, 1, 1, 1, 1, None)},
-        {"options": (2, 1, 0, 1, 1, "relu")},
-        {"options": (2, 1, 0, 1, 1, ("leaky_relu", 0.2))},
-        {"options": (2.0, 1, 0, 1, 1, None)},
-        {"options": (2, True, 0, 1, 1, None)},
-    ],
-    ids=str,
-)
+CHANGES = {
+    "batch": {"x": X[:1]},
+    "dtype": {"x": X.double()},
+    "layout": {"x": X.to(memory_format=torch.channels_last)},
+    "gradient": {"x": X.clone().requires_grad_()},
+    "device": {"x": X.to("meta")},
+    "weight's layout": {"w": W.to(memory_format=torch.channels_last)},
+    "weight's gradient": {"w": W.clone().requires_grad_()},
+    "no bias": {"b": None},
+    "bias's gradient": {"b": torch.nn.Parameter(B)},
+    "shorter bias": {"b": B[:3]},
+    "pair": {"options": ((2, 2), 1, 0, 1, 1, None)},
+    "output padding": {"options": (2, 1, 1, 1, 1, None)},
+    "activation": {"options": (2, 1, 0, 1, 1, "relu")},
+    "slope": {"options": (2, 1, 0, 1, 1, ("leaky_relu", 0.2))},
+    "float": {"options": (2.0, 1, 0, 1, 1, None)},
+    "bool": {"options": (2, True, 0, 1, 1, None)},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_other_calls_have_other_plans(change):
     assert key(**change) not in (None, key())
 
