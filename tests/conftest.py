@@ -1,3 +1,4 @@
+import contextlib
 import os
 
 import pytest
@@ -34,6 +35,22 @@ def user_tables(tmp_path, monkeypatch):
     yield tmp_path
     monkeypatch.undo()
     tuned.forget()
+
+
+@pytest.fixture
+def without_streams(monkeypatch):
+    """What captures on a side stream runs where there is no GPU."""
+
+    class Stream:
+        def __init__(self, *args):
+            pass
+
+        def wait_stream(self, other):
+            pass
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
 
 
 @pytest.fixture(scope="module")

@@ -228,23 +228,13 @@ class Graph:
 
 
 @pytest.fixture
-def without_gpu(monkeypatch):
-    class Stream:
-        def __init__(self, *args):
-            pass
-
-        def wait_stream(self, other):
-            pass
-
+def without_gpu(without_streams, monkeypatch):
     def capture(step, slot):
         graph = Graph()
         graph.replay = lambda: setattr(slot, "losses", step._update(slot))
         slot.graph = graph
 
     monkeypatch.setattr(Graph, "made", [])
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
-    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", contextlib.nullcontext)
     monkeypatch.setattr(Step, "_capture", capture)

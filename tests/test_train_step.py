@@ -1,6 +1,5 @@
 """The training step: eager and captured, the same losses."""
 
-import contextlib
 import io
 import os
 import subprocess
@@ -60,23 +59,13 @@ class Replayed:
 
 
 @pytest.fixture
-def without_gpu(monkeypatch):
-    class Stream:
-        def __init__(self, *args):
-            pass
-
-        def wait_stream(self, other):
-            pass
-
+def without_gpu(without_streams, monkeypatch):
     captured = []
 
     def capture(self, slot):
         slot.graph = Replayed(self, slot)
         captured.append(slot)
 
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
-    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
     monkeypatch.setattr(Step, "_capture", capture)
     return captured
 

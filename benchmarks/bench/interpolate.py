@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ import aeup
 from . import decoders
 from .gate import autograd_backward
 from .peers import Peer
-from .workload import DTYPES, EPS, LAYOUTS, OpCase, Operator, Part, checked, set_of
+from .workload import EPS, LAYOUTS, OpCase, Operator, Part, checked, set_of
 
 MODES = ("nearest", "bilinear", "bicubic")
 DEFAULT_DTYPES = ("fp32", "bf16")
@@ -81,22 +82,7 @@ class Case(OpCase):
     align_corners: bool | None
     set: str
     source: str
-
-    @property
-    def id(self) -> str:
-        return f"{self.shape}/{self.mode}/{self.dtype}/{self.layout}"
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
-
-    @property
-    def memory_format(self) -> torch.memory_format:
-        return LAYOUTS[self.layout]
-
-    def bytes(self, direction: str) -> int:
-        """The input once and the output once, or their gradients."""
-        return sum(self.sizes(direction))
+    NAMES: ClassVar[tuple[str, ...]] = ("shape", "mode", "dtype", "layout")
 
     def sizes(self, direction: str) -> tuple[int, int]:
         g, item = self.geometry, self.torch_dtype.itemsize

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .peers import Peer
-from .workload import DTYPES, EPS, LAYOUTS, OpCase, Part, checked, precision
+from .workload import EPS, LAYOUTS, OpCase, Part, checked, precision
 
 OTHER_LAYOUT = {"NCHW": "NHWC", "NHWC": "NCHW"}
 MARGIN = 1 / 32  # of the standard deviation before the activation
@@ -72,18 +72,6 @@ class Case(OpCase):
     set: str = "main"
     NAMES: ClassVar[tuple[str, ...]] = ("shape", "dtype", "layout")
 
-    @property
-    def id(self) -> str:
-        return "/".join(getattr(self, name) for name in self.NAMES)
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
-
-    @property
-    def memory_format(self) -> torch.memory_format:
-        return LAYOUTS[self.layout]
-
     def group(self, direction: str) -> str:
         return f"{direction} {self.dtype} {self.layout}"
 
@@ -94,9 +82,6 @@ class Case(OpCase):
         x, w, y, b = math.prod(g.input), math.prod(g.weight), math.prod(g.output), g.output[1]
         reads, writes = (x + w + b, y) if direction == "forward" else (2 * y + x + w, x + w + b)
         return reads * item, writes * item
-
-    def bytes(self, direction: str) -> int:
-        return sum(self.sizes(direction))
 
     def flops(self, direction: str) -> int:
         """The gradients of input and weight have the forward's products each."""

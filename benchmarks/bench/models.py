@@ -33,7 +33,7 @@ from .gate import FLOOR_ULPS
 from .layer import in_layout, torch_other_layout
 from .peers import Peer
 from .twins import twin
-from .workload import DTYPES, EPS, LAYOUTS, Operator, Part, checked, precision, set_of
+from .workload import DTYPES, EPS, LAYOUTS, Operator, Part, RowCase, checked, precision, set_of
 
 CURVE = EAGER_STEPS + 2  # steps that the gate looks at; those of a CUDA graph are among them
 NOISE_SEED = 1
@@ -156,7 +156,7 @@ def model_cases(
 
 
 @dataclass(frozen=True)
-class _Case:
+class _Case(RowCase):
     """One model in one dtype class and layout. `mode`: eager calls, or one CUDA graph."""
 
     shape: str
@@ -175,19 +175,8 @@ class _Case:
     def source(self) -> str:
         return self.workload.source
 
-    @property
-    def id(self) -> str:
-        return "/".join(getattr(self, name) for name in self.NAMES)
-
-    @property
-    def memory_format(self) -> torch.memory_format:
-        return LAYOUTS[self.layout]
-
     def group(self, direction: str) -> str:
         return f"{direction} {self.mode} {self.dtype} {self.layout}"
-
-    def bytes(self, direction: str) -> int:
-        return sum(self.sizes(direction))
 
     def context(self) -> AbstractContextManager:
         return precision(self.dtype)

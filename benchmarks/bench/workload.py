@@ -114,7 +114,28 @@ class Case(Protocol):
         """What is run to see how much memory it takes; None where that is not reported."""
 
 
-class OpCase:
+class RowCase:
+    """What all cases share: the fields in `NAMES`, `dtype` and `layout` among them, name the case."""
+
+    NAMES: ClassVar[tuple[str, ...]]
+
+    @property
+    def id(self) -> str:
+        return "/".join(getattr(self, name) for name in self.NAMES)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return LAYOUTS[self.layout]
+
+    def bytes(self, direction: str) -> int:
+        return sum(self.sizes(direction))
+
+
+class OpCase(RowCase):
     """What the cases of ops share."""
 
     directions: ClassVar[tuple[str, ...]] = DIRECTIONS
