@@ -48,8 +48,9 @@ def tensors(shape, dtype, layout, how, seed=0):
 
 
 def by_torch(shape, given, how, activation="none"):
+    """On the CPU for nearest-exact: torch's CUDA gradient of it is wrong at some sizes, [5, 6] -> [23, 37] for one."""
     _, _, padding, groups = SHAPES[shape]
-    x, w, b, grad = given
+    x, w, b, grad = (t.cpu() for t in given) if how["mode"] == "nearest-exact" else given
     x, w = x.detach().clone().requires_grad_(), w.detach().clone().requires_grad_()
     torch.use_deterministic_algorithms(False)  # torch's own resampling has no deterministic backward
     try:
@@ -88,11 +89,12 @@ def check(shape, dtype, layout, how, activation="none", tf32=False):
         theirs = by_torch(shape, given, how, activation)
     if tf32:  # the budget is the error of rounding what is multiplied
         theirs = [t.float() for t in by_torch(shape, [rounded_to_tf32(t).double() for t in given], how, activation)]
-    for mine, true, other in zip(got, exact, theirs, strict=True):
+    terms = (0, 0, got[0].numel() // got[0].shape[1])
+    for mine, true, other, n in zip(got, exact, theirs, terms, strict=True):
         assert mine.dtype == dtype and mine.shape == true.shape
         if min(mine.shape[1:]) > 1:
             assert mine.is_contiguous(memory_format=LAYOUTS[layout])
-        check_budget(mine.cpu(), true.cpu(), other.cpu(), floor_ulps=4 if dtype is torch.float32 else 2)
+        check_budget(mine.cpu(), true.cpu(), other.cpu(), floor_ulps=4 if dtype is torch.float32 else 2, terms=n)
     return got
 
 

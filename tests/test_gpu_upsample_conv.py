@@ -181,10 +181,11 @@ def test_activations_and_the_backward_in_one_call(case, dtype):
             )
             apart = [raw(case, (x, w, b, before), which) for which in (1, 2)]
             assert all(torch.equal(a, c) for a, c in zip(got, (*apart, of_bias), strict=True))
-            wide = case.plain(*(t.double() for t in (x, w, b)))
-            at = {"none": wide, "leaky_relu": F.leaky_relu(wide, SLOPE)}.get(activation)
-            at = getattr(torch if hasattr(torch, activation) else F, activation)(wide) if at is None else at
-            check_budget(y.cpu(), at.cpu(), at.to(dtype).cpu(), floor_ulps=4)
+            apply = {"none": lambda t: t, "leaky_relu": lambda t: F.leaky_relu(t, SLOPE)}.get(activation)
+            apply = apply or getattr(torch if hasattr(torch, activation) else F, activation)
+            with float32_precision("ieee"):
+                exact, other = (apply(case.plain(*ts)) for ts in ((x.double(), w.double(), b.double()), (x, w, b)))
+            check_budget(y.cpu(), exact.cpu(), other.cpu(), floor_ulps=4)
         only = torch.ops.aeup_native.upsample_conv2d_backward(
             grad, x, w, None, *case.geometry, 0, 0.0, False, False, True, False
         )
@@ -303,3 +304,31 @@ def test_public_operator_in_a_captured_training_step():
             p.mul_(-2)
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(got, step(), strict=True)), "the weight was folded before the capture"
+
+
+@pytest.mark.parametrize("dtype", (F32, BF16), ids=str)
+@pytest.mark.parametrize("mode", ("bilinear", "bicubic"))
+def test_resized_then_convolved_by_the_kernels_of_nearest(mode, dtype):
+    case = CASES[0]
+    for layout in LAYOUTS:
+        x, w, b, grad = case.tensors(dtype, layout)
+
+        def by_torch(x, w, b, grad):
+            leaves = [t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in (x, w, b)]
+            torch.use_deterministic_algorithms(False)  # torch's own resampling has no deterministic backward
+            y = F.conv2d(F.interpolate(leaves[0], scale_factor=2, mode=mode), *leaves[1:], 1, case.padding).relu()
+            found = y.detach(), *torch.autograd.grad(y, leaves, grad)
+            torch.use_deterministic_algorithms(True)
+            return found
+
+        with float32_precision("ieee"):
+            exact, other = by_torch(*(t.double() for t in (x, w, b, grad))), by_torch(x, w, b, grad)
+            leaves = [t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in (x, w, b)]
+
+            def fused(x, w, b):
+                return aeup.upsample_conv2d(x, w, b, scale_factor=2, mode=mode, padding=1, activation="relu")
+
+            y = fused(*leaves)
+            got = y, *torch.autograd.grad(y, leaves, grad)
+            assert "[hopper" in aeup.explain(fused, *leaves)[0].kernel or torch.cuda.get_device_capability()[0] != 9
+        check_all(*([t.detach().cpu() for t in group] for group in (got, exact, other)))

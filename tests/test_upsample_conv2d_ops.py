@@ -1,6 +1,7 @@
 """Upsampling with a convolution: what its registered operators refuse, and the calls of the compiled extension. All
 that it has in common with the transposed convolution is in test_conv_ops."""
 
+import itertools
 from functools import partial
 
 import pytest
@@ -13,9 +14,12 @@ import aeup
 from aeup import tuned
 from aeup.ops import compiled
 from aeup.ops import upsample_conv_kernels as kernels
+from aeup.ops import upsample_conv_plain as plain
 from aeup.ops.epilogue import ACTIVATIONS as NAMES
 from aeup.ops.epilogue import activate, activation_gradient
 from aeup.ops.interpolate import MODES as NUMBERED
+from aeup.ops.interpolate import Map, resample
+from aeup.ops.upsample_conv_shapes import upsample_geometry
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -156,3 +160,28 @@ def test_tables_take_the_extension_only_where_it_is_known_to_be_fast(extension):
     smooth = g._replace(m=g.m._replace(mode="bilinear"))
     name, rule = taken(smooth, "hopper")
     assert name == "tile" and rule.backend == "composed" and "ask for it by name" in rule.why
+
+
+@pytest.mark.parametrize("activation", (None, "relu", "silu"))
+def test_the_composition_takes_the_convolution_that_is_chosen(activation):
+    """As on a GPU: an upsampling by 1 is a convolution alone."""
+    with_chosen = plain._OneAfterTheOther(
+        partial(resample, backend="auto"), lambda t, g: plain._TORCH if g == plain.convolution(g) else plain.CHOSEN
+    )
+    shape = (8, 6, 3, 3)
+    g = upsample_geometry("test", Map(9, 7, 18, 14, "bilinear", False, False, 2.0, 2.0), 6, shape, 1, 1, 1)
+    x, w, b = (torch.randn(size, dtype=torch.float64, requires_grad=True) for size in ((2, 6, 9, 7), shape, shape[:1]))
+    (y, dy), (want, dwant) = (
+        (y, torch.autograd.grad(y, (x, w, b), torch.ones_like(y)))
+        for y in (op.y(x, w, b, g, activation, 0.0) for op in (with_chosen, plain.BY_TORCH))
+    )
+    torch.testing.assert_close((y, *dy), (want, *dwant))
+    with torch.no_grad():
+        grad = torch.randn_like(y)
+        for needs in itertools.product((True, False), repeat=3):
+            kept = None if activation == "silu" else activation
+            got, want = (op.backward(grad, x, w, y, g, kept, 0.0, needs) for op in (with_chosen, plain.BY_TORCH))
+            for a, c, need in zip(got, want, needs, strict=True):
+                assert not need or torch.equal(a, c) or torch.allclose(a, c)
+        torch.testing.assert_close(with_chosen.x(grad, w, g), plain.BY_TORCH.x(grad, w, g))
+        torch.testing.assert_close(with_chosen.w(grad, x, g, w), plain.BY_TORCH.w(grad, x, g, w))

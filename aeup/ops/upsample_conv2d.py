@@ -13,6 +13,7 @@ from aeup.ops.epilogue import check_activation
 from aeup.ops.interpolate import Map
 from aeup.ops.maps import Forward, Maps
 from aeup.ops.upsample_conv_kernels import MAPS, NAMES, joint
+from aeup.ops.upsample_conv_plain import CHOSEN
 from aeup.ops.upsample_conv_shapes import UpsampleGeometry, upsample_geometry
 
 _REST = "SymInt[2] size, str mode, bool align_corners, float? scale_h, float? scale_w, SymInt[2] padding, SymInt groups"
@@ -95,4 +96,4 @@ def _check_kind(name: str, a: Tensor, b: Tensor) -> None:
         )
 
 
-UPSAMPLE_CONV2D = _Maps()
+UPSAMPLE_CONV2D = CHOSEN.maps = _Maps()

@@ -155,6 +155,17 @@ def _composed_refuses(a, *args) -> str | None:
     return None if a.dtype in compiled.FLOATS else f"dtype {a.dtype} is not one of {compiled.FLOATS}"
 
 
+def _composed_label(kind: int):
+    def label(device, *args) -> str:
+        args = [plain.convolution(a) if isinstance(a, UpsampleGeometry) else a for a in args]
+        rules = None if device.type == "cpu" else MAPS[kind].rules[device]
+        decision = rules and rules.decision(tuple(args))
+        by = f" [{_family_of(kind, *args[:2], args[2:], device)}]" if decision and decision.backend == "cuda" else ""
+        return plain.LABEL + by
+
+    return label
+
+
 def _map_op(kind: int, cuda, public, on_cpu, cpu_refuses, method: str) -> Op:
     kernels = {
         "cuda": Kernel(
@@ -164,7 +175,7 @@ def _map_op(kind: int, cuda, public, on_cpu, cpu_refuses, method: str) -> Op:
         ),
         "triton": compiled.triton_kernel(NAMES[kind], public, "refuses_upsample_conv2d"),
         "cpu": Kernel(on_cpu, cpu_refuses, cpu.label_y if kind == Y else cpu.label_gradient),
-        "composed": Kernel(getattr(plain.BY_AEUP, method), _composed_refuses, lambda *_: plain.LABEL),
+        "composed": Kernel(getattr(plain.BY_AEUP, method), _composed_refuses, _composed_label(kind)),
         "torch": Kernel(getattr(plain.BY_TORCH, method), _serves),
     }
     of_call = {"op": NAMES[Y], "pass": _PASSES[kind]}
