@@ -1,7 +1,6 @@
 """Functions with the signatures of torch.nn.functional, on aeup's kernels."""
 
 import math
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -9,15 +8,18 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
 from aeup.backends import note_torch
+from aeup.ops import batch_norm as norms
 from aeup.ops.conv_shapes import Geometry, geometry, int_pair
 from aeup.ops.conv_transpose2d import CONV_TRANSPOSE2D
 from aeup.ops.epilogue import ACTIVATIONS, activate
-from aeup.ops.interpolate import MODES, Map, reference, resample
+from aeup.ops.interpolate import MODES, PLANS, Map, reference, resample
+from aeup.ops.interpolate import Plan as ResamplePlan
+from aeup.ops.interpolate import plan_key as resample_key
 from aeup.ops.maps import autocast_to, memory_format, plan_key
 from aeup.ops.upsample_conv2d import UPSAMPLE_CONV2D
 from aeup.ops.upsample_conv_shapes import UpsampleGeometry, upsample_geometry
 
-__all__ = ["conv_transpose2d", "interpolate", "upsample_conv2d"]
+__all__ = ["batch_norm", "conv_transpose2d", "interpolate", "upsample_conv2d"]
 
 Activation = str | tuple[str, float] | None
 
@@ -65,21 +67,19 @@ def interpolate(
             interpolate, (input,), input, size=size, scale_factor=scale_factor, mode=mode, align_corners=align_corners,
             recompute_scale_factor=recompute_scale_factor, antialias=antialias,
         )  # fmt: skip
+    options = (size, scale_factor, mode, align_corners, recompute_scale_factor, antialias)
+    key = resample_key(input, options) if isinstance(input, Tensor) else None
+    plan = None if key is None else PLANS.get(key)
+    if plan is not None:
+        return plan.run(input)
     if mode not in MODES or input.dim() != 4:
         note_torch("aeup.interpolate", f"{list(input.shape)}, {mode}", f"serves 4-D input in modes {', '.join(MODES)}")
         return F.interpolate(input, size, scale_factor, mode, align_corners, recompute_scale_factor, antialias)
     shape = input.shape
     if shape[1] == 0:
         raise RuntimeError(f"Non-empty 4D data tensor expected but got a tensor with sizes {list(shape)}")
-    spatial = (shape[2], shape[3])
-    options = (size, scale_factor, mode, align_corners, recompute_scale_factor, antialias)
-    if torch.compiler.is_compiling():
-        return resample(input, _map(spatial, *options))
-    try:
-        m = _cached_map(spatial, type(size) is tuple and tuple(map(type, size)), *options)
-    except TypeError:  # no hash (a list, a symbolic size), or a `size` that _map refuses
-        m = _map(spatial, *options)
-    return resample(input, m)
+    m = _map((shape[2], shape[3]), *options)
+    return resample(input, m) if key is None else ResamplePlan(key, input, m).run(input)
 
 
 def _map(spatial, size, scale_factor, mode, align_corners, recompute_scale_factor, antialias) -> Map:
@@ -126,12 +126,6 @@ def _map(spatial, size, scale_factor, mode, align_corners, recompute_scale_facto
             f"W: {ow})"
         )
     return Map(ih, iw, oh, ow, mode, bool(align_corners), antialias, scale_h, scale_w)
-
-
-@lru_cache(1024, typed=True)
-def _cached_map(spatial, size_types, *options) -> Map:
-    """_map, once per geometry. `size_types` keeps (2, 2) and (2.0, 2), which are equal, apart."""
-    return _map(spatial, *options)
 
 
 def _pair(value, name, given, form, spatial):
@@ -408,3 +402,63 @@ def _upsample_geometry(x_shape, w_shape, size, scale_factor, mode, align_corners
     if isinstance(groups, bool) or not isinstance(groups, int):
         raise TypeError(f"{name}: groups must be an int, got {groups!r}")
     return upsample_geometry(name, m, x_shape[1], w_shape, *pads, groups), crop
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    activation: Activation = None,
+) -> Tensor:
+    """Batch normalisation: :func:`torch.nn.functional.batch_norm`, then an activation, as one op. In training it reads
+    the input twice and writes once, and its gradient reads twice and writes once; outside training once each.
+
+    Signature, defaults, strides and errors are torch's; the dtype and the memory format of `input` are kept, under
+    autocast too. float64, float32, float16 and bfloat16, NCHW and channels-last, on a GPU with everything per channel
+    in float32 (float64 beside float64), where all arithmetic is done too, and with the same bits on every run.
+    Gradients of any order. Everything else goes to torch, the CPU's tensors also; :func:`aeup.explain` says so.
+
+    Args:
+        input: [N, C, H, W].
+        running_mean, running_var: [C]; outside training what is normalised with; in training None, or updated in place:
+            ``running += momentum * (batch - running)``, with the unbiased variance of the batch.
+        weight, bias: [C], or None for ones and zeros.
+        training: normalise with the batch's mean and (biased) variance.
+        eps: added to the variance.
+        activation: as :func:`conv_transpose2d`.
+
+    Returns:
+        [N, C, H, W].
+
+    Raises:
+        ValueError: one value per channel in training, an `eps` out of range, an unknown `activation`.
+        RuntimeError: shapes, dtypes or devices that do not go together; no running statistics outside training.
+
+    Source: Ioffe & Szegedy, 2015, "Batch Normalization", arXiv 1502.03167; sums of squares about block means: Chan,
+    Golub & LeVeque, 1983, "Algorithms for computing the sample variance".
+    """
+    return counted_batch_norm(
+        input, running_mean, running_var, weight, bias, training, momentum, eps, activation=activation
+    )
+
+
+def counted_batch_norm(
+    input, running_mean, running_var, weight, bias, training, momentum, eps, *, activation: Activation, counter=None
+) -> Tensor:
+    """:func:`batch_norm` that in training also adds 1 to `counter`, one int64, if given."""
+    tensors = (input, running_mean, running_var, weight, bias)
+    if has_torch_function_variadic(*tensors):
+        if counter is not None:
+            counter.add_(1)
+        return handle_torch_function(
+            batch_norm, tensors, *tensors, training=training, momentum=momentum, eps=eps, activation=activation
+        )
+    name, slope = parse_activation(activation)
+    norm = norms.Norm(training, momentum, eps, name, slope)
+    return norms.batch_norm(input, weight, bias, running_mean, running_var, counter, norm)

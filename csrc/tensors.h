@@ -63,8 +63,27 @@ inline MemoryFormat format_of(bool channels_last) {
 inline Tensor dense(const Tensor& x, bool channels_last) {
   return is_dense(x, channels_last) ? x : torch::stable::contiguous(x, format_of(channels_last));
 }
-inline Tensor empty_like(const Tensor& x, const std::vector<int64_t>& size, bool channels_last) {
-  return torch::stable::empty(size, x.scalar_type(), std::nullopt, x.device(), std::nullopt, format_of(channels_last));
+// An uninitialised tensor. The shim's own function, not torch::stable::empty, which looks the operator up by its name
+// in every call. On a CPU that function leaves out what deterministic mode wants: to fill the memory.
+inline Tensor empty_like(const Tensor& x, const std::vector<int64_t>& size, bool channels_last, bool as_bytes = false) {
+  if (x.is_cpu())
+    return torch::stable::empty(size, x.scalar_type(), std::nullopt, x.device(), std::nullopt,
+                                format_of(channels_last));
+  int64_t strides[4];
+  const int rank = int(size.size());
+  const int nchw[4] = {rank - 1, rank - 2, rank - 3, rank - 4}, nhwc[4] = {1, 3, 2, 0};
+  int64_t stride = 1;
+  for (int i = 0; i < rank; ++i) {
+    const int d = channels_last ? nhwc[i] : nchw[i];
+    strides[d] = stride, stride *= channels_last || size[d] > 0 ? size[d] : 1;
+  }
+  AtenTensorHandle handle = nullptr;
+  int32_t dtype = aoti_torch_dtype_uint8(), type = 0;
+  if (!as_bytes) STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &type));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(rank, size.data(), strides, dtype, type, x.get_device_index(), &handle));
+  return Tensor(handle);
 }
 
 inline std::optional<DType> dtype_of(const Tensor& x) {
@@ -91,7 +110,7 @@ struct Workspace {
   void* data = nullptr;
   Workspace(const Tensor& like, int64_t bytes) {
     if (bytes <= 0) return;
-    memory = torch::stable::empty(std::vector<int64_t>{bytes}, ScalarType::Byte, std::nullopt, like.device());
+    memory = empty_like(like, {bytes}, false, true);
     data = memory.mutable_data_ptr();
   }
 };

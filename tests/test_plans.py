@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import aeup
 from aeup import tuned
 from aeup.ops.conv_transpose2d import CONV_TRANSPOSE2D
+from aeup.ops.interpolate import plan_key as resample_key
 from aeup.ops.maps import plan_key
 
 X, W, B = torch.randn(2, 4, 5, 3), torch.randn(4, 6, 4, 4), torch.randn(6)
@@ -92,3 +93,44 @@ def test_results_follow_the_call_not_the_plan_before():
         y = aeup.conv_transpose2d(X, W, B, stride, padding, activation=activation)
         expected = F.conv_transpose2d(X, W, B, stride, padding)
         torch.testing.assert_close(y, expected.relu() if activation else expected)
+
+
+RESIZE = (None, 2.0, "bilinear", None, None, False)
+RESIZES = {
+    "batch": (X[:1], RESIZE),
+    "dtype": (X.double(), RESIZE),
+    "layout": (X.to(memory_format=torch.channels_last), RESIZE),
+    "gradient": (X.clone().requires_grad_(), RESIZE),
+    "integer scale": (X, (None, 2, *RESIZE[2:])),
+    "mode": (X, (None, 2.0, "bicubic", *RESIZE[3:])),
+    "align_corners": (X, (*RESIZE[:3], True, None, False)),
+}
+
+
+@pytest.mark.parametrize("change", RESIZES.values(), ids=RESIZES)
+def test_other_resamplings_have_other_plans(change):
+    assert resample_key(*change) not in (None, resample_key(X, RESIZE))
+
+
+@pytest.mark.parametrize("wrong", [10.0, (10, 1.0)], ids=str)
+def test_a_plan_of_a_resampling_lets_no_wrong_size_through(wrong):
+    for right in (10, (10, 1)):
+        aeup.interpolate(X, right)
+    with pytest.raises(TypeError):
+        aeup.interpolate(X, wrong)
+
+
+def test_the_gradient_by_a_plan_follows_its_layout_and_can_be_differentiated():
+    x = X.double().requires_grad_()
+    for layout in (torch.contiguous_format, torch.channels_last):
+        y = aeup.interpolate(x, scale_factor=2, mode="bicubic")
+        grad = torch.randn_like(y).to(memory_format=layout)
+        got, want = (
+            torch.autograd.grad(f(x, scale_factor=2, mode="bicubic"), x, grad)[0]
+            for f in (aeup.interpolate, F.interpolate)
+        )
+        torch.testing.assert_close(got, want)
+        assert got.is_contiguous(memory_format=layout)
+    grad.requires_grad_()
+    (first,) = torch.autograd.grad(y, x, grad, create_graph=True)
+    assert torch.autograd.grad(first.sum(), grad)[0].shape == y.shape

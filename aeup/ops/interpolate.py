@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from aeup import _native
+from aeup import _native, tuned
 from aeup.backends import Kernel, Op, choose, get_backend, note
+from aeup.ops.eager import MOST_PLANS, exact, forward_ad, traced, transforms_active
 
 MODES = ("nearest", "nearest-exact", "bilinear", "bicubic")
 _MODE_NUMBER = {mode: i for i, mode in enumerate(MODES)}
@@ -207,6 +208,68 @@ _register("interpolate_backward", "interpolate", True)
 # --- the short way of eager calls: no dispatcher where no transform, subclass or mode is active ---
 
 
+def plan_key(src: Tensor, options: tuple) -> tuple | None:
+    """All that an eager call depends on, to look its Plan up by. None for the calls that cannot have one."""
+    if traced(src) or transforms_active() or forward_ad._current_level >= 0 or src.layout is not torch.strided:
+        return None
+    given = exact(options)
+    if given is None:
+        return None
+    needs_grad = src.requires_grad and torch.is_grad_enabled()
+    return needs_grad, get_backend(), given, src.shape, src.stride(), src.dtype, src.device
+
+
+class Plan:
+    """The map and the kernels of a call, decided once."""
+
+    __slots__ = ("args", "backend", "backwards", "kernel", "m", "needs_grad")
+
+    def __init__(self, key: tuple, src: Tensor, m: Map) -> None:
+        self.needs_grad, self.backend, self.m = key[0], key[1], m
+        self.args, self.backwards = _native_args(m, src.is_cpu), {}
+        self.kernel = choose(OP, src, (src, m, False), self.backend)
+        if len(PLANS) >= MOST_PLANS:  # sizes that change from call to call
+            PLANS.clear()
+        PLANS[key] = self
+
+    def run(self, src: Tensor) -> Tensor:
+        return _Planned.apply(src, self) if self.needs_grad else self.by(self.kernel, src, False)
+
+    def by(self, kernel: Kernel, src: Tensor, backward: bool) -> Tensor:
+        if kernel.run is not _native_run:
+            return kernel.run(src, self.m, backward)
+        try:
+            return _native_op(src, *self.args, backward)
+        except RuntimeError as error:
+            _native.raise_if_out_of_memory(error, src.device)
+            raise
+
+    def gradient(self, grad: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or transforms_active() or traced(grad):
+            return resample(grad, self.m, True, self.backend)
+        key = grad.stride(), torch.get_num_threads()
+        kernel = self.backwards.get(key)
+        if kernel is None:
+            kernel = self.backwards[key] = choose(OP, grad, (grad, self.m, True), self.backend)
+        return self.by(kernel, grad, True)
+
+
+PLANS: dict[tuple, Plan] = {}
+tuned.on_change.append(PLANS.clear)
+
+
+class _Planned(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, src, plan):
+        ctx.plan = plan
+        ctx.set_materialize_grads(False)
+        return plan.by(plan.kernel, src, False)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None if grad is None else ctx.plan.gradient(grad), None
+
+
 class _Resample(torch.autograd.Function):
     @staticmethod
     def forward(ctx, src, m, backward, backend):
@@ -242,24 +305,17 @@ class _TransformedResample(_Resample):
         return resample(src.flatten(0, 1), *args).unflatten(0, src.shape[:2]), 0
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
-_modes_active = torch._C._len_torch_dispatch_stack
-_transforms_active = torch._C._are_functorch_transforms_active
-_tracing = torch._C._get_tracing_state
-_forward_ad = torch.autograd.forward_ad
-
-
 def resample(src: Tensor, m: Map, backward: bool = False, backend: str | None = None) -> Tensor:
     """The map `m` of `src` [N, C, ih, iw], or its adjoint (`backward`) of [N, C, oh, ow], differentiable, in the dtype
     and memory format of `src`. `backend` None: that of the context."""
-    if torch.compiler.is_compiling() or type(src) not in _PLAIN or _modes_active() or _tracing() is not None:
+    if traced(src):
         op = torch.ops.aeup.interpolate_backward if backward else torch.ops.aeup.interpolate
         size = (m.ih, m.iw) if backward else (m.oh, m.ow)
         return op.default(src, size, *m[4:])
     backend = backend or get_backend()
-    if _transforms_active():
+    if transforms_active():
         return _TransformedResample.apply(src, m, backward, backend)
-    if (src.requires_grad and torch.is_grad_enabled()) or _forward_ad._current_level >= 0:
+    if (src.requires_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0:
         return _Resample.apply(src, m, backward, backend)
     return choose(OP, src, (src, m, backward), backend).run(src, m, backward)
 

@@ -6,7 +6,6 @@ The gradients of each map are the two others: the set is closed, and gradients o
 activation are Y's epilogue.
 """
 
-import marshal
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -20,17 +19,12 @@ from aeup.ops import epilogue
 from aeup.ops.compiled import tf32
 from aeup.ops.conv_kernels import EPILOGUE
 from aeup.ops.conv_shapes import W, X, Y
+from aeup.ops.eager import MOST_PLANS, exact, forward_ad, traced, transforms_active
 from aeup.ops.epilogue import AFTER, activate, activation_gradient
 
 # What each map takes, in the order of its op's arguments.
 TAKES = {Y: (X, W), X: (Y, W), W: (Y, X)}
-_MOST_PLANS = 4096
 _TAGS = (torch.Tag.pt2_compliant_tag,)
-_PLAIN = (Tensor, torch.nn.Parameter)
-_modes_active = torch._C._len_torch_dispatch_stack
-_transforms_active = torch._C._are_functorch_transforms_active
-_tracing = torch._C._get_tracing_state
-_forward_ad = torch.autograd.forward_ad
 
 
 def memory_format(a: Tensor, b: Tensor) -> torch.memory_format:
@@ -53,34 +47,21 @@ def _empty(like: Tensor, shape: tuple, other: Tensor) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format(like, other))
 
 
-def _traced(a: Tensor, b: Tensor, c: Tensor | None = None) -> bool:
-    """Whether something watches the operators: the compiler, a mode, a subclass, a tracer."""
-    return (
-        torch.compiler.is_compiling()
-        or type(a) not in _PLAIN
-        or type(b) not in _PLAIN
-        or (c is not None and type(c) not in _PLAIN)
-        or _modes_active() != 0
-        or _tracing() is not None
-    )
-
-
 def plan_key(x: Tensor, w: Tensor, bias: Tensor | None, options: tuple) -> tuple | None:
     """All that an eager call's geometry and kernels depend on, to look its Plan up by. None for the calls that cannot
     have one: something watches or transforms the operators, or tensors or options are not of a plain kind."""
     if (
-        _traced(x, w, bias)
-        or _transforms_active()
-        or _forward_ad._current_level >= 0
+        traced(x, w, bias)
+        or transforms_active()
+        or forward_ad._current_level >= 0
         or not x.layout is w.layout is torch.strided
     ):
         return None
-    try:
-        exact = marshal.dumps(options, 2)  # keeps 2, 2.0 and True apart, which are equal
-    except ValueError:
+    given = exact(options)
+    if given is None:
         return None
     return (
-        _needs_grad(x, w, bias), get_backend(), exact, tf32(x),
+        _needs_grad(x, w, bias), get_backend(), given, tf32(x),
         x.shape, x.stride(), x.dtype, x.device,
         w.shape, w.stride(), w.dtype, w.device,
         bias is None or (bias.shape, bias.dtype, bias.device),
@@ -147,12 +128,12 @@ class Maps:
 
     def linear(self, kind: int, a: Tensor, b: Tensor, g, backend: str | None) -> Tensor:
         """One of the three maps, differentiable. `backend` None: that of the context."""
-        if _traced(a, b):
+        if traced(a, b):
             return self.dispatched(kind, a, b, g)
         backend = backend or get_backend()
-        if _transforms_active():
+        if transforms_active():
             return _TransformedLinear.apply(a, b, (self, kind, g, backend))
-        if (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)) or _forward_ad._current_level >= 0:
+        if (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)) or forward_ad._current_level >= 0:
             return _Linear.apply(a, b, (self, kind, g, backend))
         return self.run(kind, a, b, g, backend)
 
@@ -182,11 +163,11 @@ class Maps:
 
     def gradients(self, grad, x, w, y, g, activation, slope, backend, needs):
         """Gradients of x, w and bias where `needs` asks for them, else None. `y` is the activated output, if any."""
-        if torch.is_grad_enabled() or _transforms_active():  # differentiable, by torch's own operators
+        if torch.is_grad_enabled() or transforms_active():  # differentiable, by torch's own operators
             if activation:
                 grad = activation_gradient(grad, y, activation, slope)
             bias = grad.sum((0, 2, 3)) if needs[2] else None
-        elif _traced(grad, x, w):
+        elif traced(grad, x, w):
             bias = None
             if activation:
                 grad, bias = torch.ops.aeup.conv_epilogue_gradient.default(grad, y, activation, slope, needs[2])
@@ -231,11 +212,11 @@ class Maps:
         """activation(T(x, w) + bias), differentiable: [N, co, oh, ow]. The tensors have one dtype and device. `key`:
         their plan_key, under which the plan is kept."""
         if key is not None:
-            if len(self.plans) >= _MOST_PLANS:  # sizes that change from call to call
+            if len(self.plans) >= MOST_PLANS:  # sizes that change from call to call
                 self.plans.clear()
             plan = self.plans[key] = Plan(self, *key[:2], x, w, bias, g, activation, slope)
             return plan.run(x, w, bias)
-        if _traced(x, w, bias):
+        if traced(x, w, bias):
             fused = None if activation in AFTER and _needs_grad(x, w, bias) else activation
             y = self.operators[Y](x, w, bias, *self.arguments(Y, g), fused, slope)
             return y if fused == activation else activate(y, activation, slope)
@@ -335,7 +316,7 @@ class Plan:
 
     def gradients(self, grad: Tensor, x: Tensor, w: Tensor, y: Tensor | None, needs: tuple) -> tuple:
         rest = self.g, self.fused, self.slope
-        if torch.is_grad_enabled() or _transforms_active() or _traced(grad, x, w):
+        if torch.is_grad_enabled() or transforms_active() or traced(grad, x, w):
             return self.maps.gradients(grad, x, w, y, *rest, self.backend, needs)
         key = (grad.stride(), needs, torch.get_num_threads())
         chosen = self.backwards.get(key)

@@ -11,6 +11,16 @@ namespace aeup {
 namespace {
 
 constexpr int kSlab = 8;
+constexpr int kChain = 16;  // slabs that float32 sums in one go: the rounding of a long chain grows with its length
+
+// An array that the compiler keeps in local memory, out of the registers' way.
+template <class S>
+AEUP_DEV S* in_memory(S* array) {
+#ifndef AEUP_EMULATE
+  asm volatile("" : "+l"(array));
+#endif
+  return array;
+}
 
 template <class T>
 struct Gemm {
@@ -149,15 +159,21 @@ __global__ void __launch_bounds__(GemmShape<T, kBM, kBN, kVector>::kThreads, Gem
 
   const int lane = tid % 32, warp = tid / 32, warps_n = kBN / Q::kWarpN;
   const int row0 = warp / warps_n * Q::kWarpM + lane / 8 * 4, column0 = warp % warps_n * Q::kWarpN + lane % 8 * 4;
-  const int64_t slabs = int64_t(tv.count) * th.count * ((p.reduction + kSlab - 1) / kSlab);
+  const int slabs = tv.count * th.count * ((p.reduction + kSlab - 1) / kSlab);
+  constexpr int kSums = std::is_same_v<T, float> ? 16 * kF * kF : 1;
+  S sums[kSums];
+  S* const chains = in_memory(sums);
+  if (kSums > 1)
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) chains[i] = S(0);
   if (slabs > 0) {
     enter_tap();
     load();
     keep(0);
     __syncthreads();
   }
-  for (int64_t s = 0; s < slabs; ++s) {
-    const int now = int(s & 1);
+  for (int s = 0; s < slabs; ++s) {
+    const int now = s & 1;
     if (s + 1 < slabs) {
       advance();
       load();
@@ -179,7 +195,18 @@ __global__ void __launch_bounds__(GemmShape<T, kBM, kBN, kVector>::kThreads, Gem
     }
     if (s + 1 < slabs) keep(now ^ 1);
     __syncthreads();
+    if constexpr (kSums > 1)
+      if (s % kChain == kChain - 1) {
+#pragma unroll
+        for (int i = 0; i < kSums; ++i) {
+          S& a = acc[i / (4 * kF)][i % (4 * kF)];
+          chains[i] += a, a = S(0);
+        }
+      }
   }
+  if constexpr (kSums > 1)
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) acc[i / (4 * kF)][i % (4 * kF)] += chains[i];
 
   // Bias, activation, store.
   const int64_t channel0 = int64_t(group) * p.rows;

@@ -1,0 +1,33 @@
+"""What decides whether an eager call may go the short way: no compiler, mode, transform, tracer or subclass active."""
+
+import marshal
+
+import torch
+from torch import Tensor
+
+MOST_PLANS = 4096  # of an op: sizes may change from call to call
+_PLAIN = (Tensor, torch.nn.Parameter)
+_modes_active = torch._C._len_torch_dispatch_stack
+_tracing = torch._C._get_tracing_state
+transforms_active = torch._C._are_functorch_transforms_active
+forward_ad = torch.autograd.forward_ad
+
+
+def traced(a: Tensor, b: Tensor | None = None, c: Tensor | None = None) -> bool:
+    """Whether something watches the operators: the compiler, a mode, a subclass, a tracer."""
+    return (
+        torch.compiler.is_compiling()
+        or type(a) not in _PLAIN
+        or (b is not None and type(b) not in _PLAIN)
+        or (c is not None and type(c) not in _PLAIN)
+        or _modes_active() != 0
+        or _tracing() is not None
+    )
+
+
+def exact(options: tuple) -> bytes | None:
+    """A key that keeps 2, 2.0 and True apart, which are equal. None for options of no plain kind."""
+    try:
+        return marshal.dumps(options, 2)
+    except ValueError:
+        return None
