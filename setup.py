@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sysconfig
+import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
@@ -132,7 +133,9 @@ class BuildExt(build_ext):
             if obj.exists() and stamp.exists() and stamp.read_text() == text and obj.stat().st_mtime > newest:
                 return
             print(f"compiling {source.relative_to(ROOT)} -> {obj.name}", flush=True)
+            start = time.time()
             subprocess.run(command, check=True)
+            os.utime(obj, (start, start))  # a source that was changed meanwhile is newer
             stamp.write_text(text)
 
         slow_first = sorted(jobs, key=lambda job: job[1].suffix != ".cu")

@@ -3,9 +3,11 @@
 from aeup.backends import BackendError, backend, explain, get_backend, set_backend
 from aeup.checkerboard import checkerboard
 from aeup.decoder import Decoder
-from aeup.functional import conv_transpose2d, interpolate, upsample_conv2d
+from aeup.functional import batch_norm, conv_transpose2d, interpolate, upsample_conv2d
 from aeup.intercept import intercept
 from aeup.nn import (
+    BatchNorm2d,
+    Conv2d,
     ConvTranspose2d,
     Upsample,
     UpsampleConv2d,
@@ -19,6 +21,8 @@ from aeup.swap import swap, unswap
 __version__ = "0.1.0"
 __all__ = [
     "BackendError",
+    "BatchNorm2d",
+    "Conv2d",
     "ConvTranspose2d",
     "Decoder",
     "Upsample",
@@ -26,6 +30,7 @@ __all__ = [
     "UpsamplingBilinear2d",
     "UpsamplingNearest2d",
     "backend",
+    "batch_norm",
     "checkerboard",
     "conv_transpose2d",
     "explain",

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from aeup.functional import Activation
-from aeup.nn import ConvTranspose2d, UpsampleConv2d
+from aeup.nn import BatchNorm2d, ConvTranspose2d, UpsampleConv2d
 
 UPSAMPLE = ("nearest", "bilinear", "bicubic", "conv_transpose")
 NORM = ("batch", "group", None)
@@ -26,12 +26,12 @@ ACTIVATION: dict[str, Callable[[], nn.Module]] = {
 _FUSED = {"relu": "relu", "leaky_relu": ("leaky_relu", 0.2), "silu": "silu", "gelu": "gelu", "tanh": "tanh"}
 
 
-def make_norm(norm: str | None, channels: int) -> nn.Module:
-    """Batch norm, group norm (8 groups, or the largest common divisor), or nothing."""
+def make_norm(norm: str | None, channels: int, activation: Activation = None) -> nn.Module:
+    """Batch norm with an activation, group norm (8 groups, or the largest common divisor), or nothing."""
     if norm not in NORM:
         raise ValueError(f"norm must be one of {NORM}, got {norm!r}")
     if norm == "batch":
-        return nn.BatchNorm2d(channels)
+        return BatchNorm2d(channels, activation=activation)
     return nn.GroupNorm(math.gcd(8, channels), channels) if norm == "group" else nn.Identity()
 
 
@@ -47,6 +47,15 @@ def make_activation(activation: str | nn.Module | Callable[[], nn.Module]) -> nn
     if not isinstance(module, nn.Module):
         raise TypeError(f"activation must be a name, a torch.nn.Module or a class of one, got {activation!r}")
     return module
+
+
+def norm_and_activation(
+    norm: str | None, channels: int, activation: str | nn.Module | Callable[[], nn.Module]
+) -> list[nn.Module]:
+    """A norm and the activation after it. Where batch norm has the activation it is part of it, with an Identity in its
+    place, so that the modules after it keep their names."""
+    fused = _FUSED.get(activation) if norm == "batch" and isinstance(activation, str) else None
+    return [make_norm(norm, channels, fused), nn.Identity() if fused else make_activation(activation)]
 
 
 def check_int(name: str, value: object, least: int = 1) -> int:
@@ -82,7 +91,8 @@ class Decoder(nn.Module):
     ``upsample="nearest" | "bilinear" | "bicubic"`` is the resize-convolution of Odena et al.
     (distill.pub/2016/deconv-checkerboard), as one op: ``aeup.UpsampleConv2d``. ``"conv_transpose"`` is
     ``aeup.ConvTranspose2d`` with stride 2 and the even kernel ``kernel_size + 1``, so that every output pixel is
-    reached by equally many taps. Without a norm the activation is part of the op, where it has it.
+    reached by equally many taps. Batch norm and activation are one op, ``aeup.BatchNorm2d``; without a norm the
+    activation is part of the convolution. Activations that the ops do not have are modules of their own.
 
     Args:
         channels: widths from the start map to the last hidden map, at least two.
@@ -139,14 +149,14 @@ class Decoder(nn.Module):
                 raise ValueError("out_size must be given with latent_dim: a vector has no size to start from")
             c, (h, w) = self.channels[0], self.sizes[0]
             self.project = nn.Linear(latent_dim, c * h * w)
-            self.start = nn.Sequential(make_norm(norm, c), make_activation(activation))
+            self.start = nn.Sequential(*norm_and_activation(norm, c, activation))
         self.stages = nn.ModuleList()
         for i, (c_in, c_out) in enumerate(zip(self.channels, self.channels[1:], strict=False)):
             target = self.sizes[i + 1] if self.sizes is not None else None
             fused = _FUSED.get(activation) if norm is None and isinstance(activation, str) else None
             enlarge = self._enlarge(c_in, c_out, target, kernel_size, norm is None, fused)
-            after = nn.Identity() if fused else make_activation(activation)
-            self.stages.append(nn.Sequential(enlarge, make_norm(norm, c_out), after))
+            after = [nn.Identity(), nn.Identity()] if fused else norm_and_activation(norm, c_out, activation)
+            self.stages.append(nn.Sequential(enlarge, *after))
         self.to_image = nn.Conv2d(self.channels[-1], out_channels, kernel_size, padding=kernel_size // 2)
         self.head = {"sigmoid": nn.Sigmoid, "tanh": nn.Tanh, None: nn.Identity}[head]()
 

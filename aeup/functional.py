@@ -420,9 +420,10 @@ def batch_norm(
     the input twice and writes once, and its gradient reads twice and writes once; outside training once each.
 
     Signature, defaults, strides and errors are torch's; the dtype and the memory format of `input` are kept, under
-    autocast too. float64, float32, float16 and bfloat16, NCHW and channels-last, on a GPU with everything per channel
-    in float32 (float64 beside float64), where all arithmetic is done too, and with the same bits on every run.
-    Gradients of any order. Everything else goes to torch, the CPU's tensors also; :func:`aeup.explain` says so.
+    autocast too. On a GPU float64, float32, float16 and bfloat16, NCHW and channels-last, with all [C] tensors in
+    float32 (float64 beside float64) or in the dtype of `input`; arithmetic is in float32 (float64), with the same bits
+    on every run. Gradients of any order. Everything else goes to torch, a CPU's tensors also; :func:`aeup.explain`
+    says so.
 
     Args:
         input: [N, C, H, W].
@@ -460,5 +461,7 @@ def counted_batch_norm(
             batch_norm, tensors, *tensors, training=training, momentum=momentum, eps=eps, activation=activation
         )
     name, slope = parse_activation(activation)
+    if not isinstance(input, Tensor):
+        return F.batch_norm(*tensors, training, momentum, eps)  # raises
     norm = norms.Norm(training, momentum, eps, name, slope)
     return norms.batch_norm(input, weight, bias, running_mean, running_var, counter, norm)

@@ -11,6 +11,7 @@ from aeup.functional import (
     Activation,
     check_upsampling,
     conv_transpose2d,
+    counted_batch_norm,
     interpolate,
     parse_activation,
     upsample_conv2d,
@@ -21,6 +22,8 @@ from aeup.ops.upsample_conv_cpu import fold_weight
 from aeup.ops.upsample_conv_shapes import fold
 
 __all__ = [
+    "BatchNorm2d",
+    "Conv2d",
     "ConvTranspose2d",
     "Upsample",
     "UpsampleConv2d",
@@ -83,6 +86,51 @@ class ConvTranspose2d(nn.ConvTranspose2d):
             input, self.weight, self.bias, self.stride, self.padding, output_padding, self.groups, self.dilation,
             activation=self.activation,
         )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (f", activation={self.activation!r}" if self.activation else "")
+
+
+class Conv2d(nn.Conv2d):
+    """:class:`torch.nn.Conv2d`: the same constructor, ``state_dict``, results and errors, and keyword-only
+    `activation` as :class:`ConvTranspose2d` has it.
+
+    On a GPU a convolution with stride and dilation 1 and zero padding is an :func:`aeup.upsample_conv2d` by 1: bias and
+    activation are added before the result is written. What else there is runs by torch.
+
+    Raises:
+        ValueError: an unknown `activation`.
+    """
+
+    activation: Activation = None
+
+    def __init__(self, *args, activation: Activation = None, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        if activation is not None:
+            parse_activation(activation)
+        self.activation = activation
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.activated(input, self.activation)
+
+    def activated(self, input: Tensor, activation: Activation) -> Tensor:
+        reason = self._refuses(input)
+        if reason is None:
+            return upsample_conv2d(
+                input, self.weight, self.bias, scale_factor=1, padding=self.padding, groups=self.groups,
+                activation=activation,
+            )  # fmt: skip
+        note_torch("aeup.upsample_conv2d", f"{list(input.shape)}, {super().extra_repr()}", reason)
+        y = super().forward(input)
+        return activate(y, *parse_activation(activation)) if activation else y
+
+    def _refuses(self, input: Tensor) -> str | None:
+        if not input.is_cuda:
+            return f"serves convolutions alone on a GPU, the tensor is on {input.device}"
+        if input.dim() != 4 or input.dtype is not self.weight.dtype and not torch.is_autocast_enabled("cuda"):
+            return "serves 4-D input of the weight's dtype"
+        plain = self.stride == self.dilation == (1, 1) and self.padding_mode == "zeros"
+        return None if plain else "serves stride 1, dilation 1 and padding_mode 'zeros'"
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (f", activation={self.activation!r}" if self.activation else "")
@@ -166,6 +214,48 @@ class UpsampleConv2d(nn.Module):
         text += f", mode={self.mode!r}"
         text += f", align_corners={self.align_corners}" if self.align_corners is not None else ""
         return text + (f", activation={self.activation!r}" if self.activation else "")
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """:class:`torch.nn.BatchNorm2d` by :func:`aeup.batch_norm`: the same constructor, ``state_dict``, results and
+    errors, and keyword-only `activation`, applied to the result as it is written: "relu", "leaky_relu" (or
+    ("leaky_relu", slope)), "silu", "gelu", "tanh", "sigmoid" or None.
+
+    Shapes: [N, C, H, W] -> [N, C, H, W]. What puts another norm in the place of every batch norm
+    (``torch.nn.SyncBatchNorm.convert_sync_batchnorm``) knows nothing of the activation: it must be added again.
+
+    Raises:
+        ValueError: an unknown `activation`, an input that is not 4-D, one value per channel in training.
+    """
+
+    activation: Activation = None
+
+    def __init__(self, *args, activation: Activation = None, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        if activation is not None:
+            parse_activation(activation)
+        self.activation = activation
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._check_input_dim(input)
+        tracks = self.training and self.track_running_stats
+        unused = self.training and not self.track_running_stats
+        running = statistics = (None, None) if unused else (self.running_mean, self.running_var)
+        momentum, average = self.momentum, self.momentum is None and tracks
+        if average:  # over all batches: of this one alone first
+            statistics, momentum = tuple(map(torch.zeros_like, running)), 1.0
+        y = counted_batch_norm(
+            input, *statistics, self.weight, self.bias, self.training or running == (None, None),
+            0.0 if momentum is None else momentum, self.eps, activation=self.activation,
+            counter=self.num_batches_tracked if tracks else None,
+        )  # fmt: skip
+        if average:
+            for mean, of_batch in zip(running, statistics, strict=True):
+                mean.lerp_(of_batch, (1 / self.num_batches_tracked).to(mean.dtype))
+        return y
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (f", activation={self.activation!r}" if self.activation else "")
 
 
 def to_conv_transpose(upsample_conv: UpsampleConv2d) -> ConvTranspose2d:

@@ -16,6 +16,7 @@ from aeup.adapters import MARK, Refusal, derive, known, names_upsampling, origin
 __all__ = ["SwapBenchmark", "SwapReport", "SwapRow", "swap", "unswap"]
 
 _CLASSES = {
+    nn.Conv2d: aeup_nn.Conv2d,
     nn.ConvTranspose2d: aeup_nn.ConvTranspose2d,
     nn.Upsample: aeup_nn.Upsample,
     nn.UpsamplingNearest2d: aeup_nn.UpsamplingNearest2d,
@@ -114,6 +115,9 @@ class _Plan:
             self.left(path, cls.__name__, "was made from other code (TorchScript, fx): swap the model before that")
         elif cls in _OURS:
             self.left(path, f"aeup.{cls.__name__}", "is aeup's already")
+        elif cls is nn.Conv2d:
+            if pairs.serves_alone(module):
+                self.single(path, module)
         elif isinstance(module, (nn.Upsample, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
             self.single(path, module)
         elif "ConvTranspose" in cls.__name__ and "quantized" in cls.__module__:
@@ -156,8 +160,9 @@ class _Plan:
             except Refusal as error:
                 self.left(places, what, f"not fused: {error}")
                 continue
-            now = "aeup.upsample_conv2d" if isinstance(modules[at], nn.Upsample) else "aeup.conv_transpose2d"
-            now += " with activation" if (size == 3 or now == "aeup.conv_transpose2d") else ""
+            first = modules[at]
+            now = "aeup.upsample_conv2d" if isinstance(first, nn.Upsample) else f"aeup.{first._get_name()}"
+            now += " with activation" if size == 3 or not isinstance(first, nn.Upsample) else ""
             self.rows.append(SwapRow(places, what, "fused", now))
         if derived:
             self.changes.append((module, derived))
@@ -370,14 +375,16 @@ def swap(model: nn.Module, *, fuse: bool = True, dry_run: bool = False, benchmar
     What it finds:
 
     - ``nn.ConvTranspose2d``, ``nn.Upsample`` and its 2-D kin become aeup's, by exact type.
+    - ``nn.Conv2d`` of stride 1 with a bias, a kernel larger than 1 and 16 channels or more becomes ``aeup.Conv2d``,
+      which on a GPU adds the bias as it writes the result.
     - modules whose forward calls ``F.interpolate`` or ``F.conv_transpose2d`` (torchvision's segmentation models and
       feature pyramids, segmentation_models_pytorch, timm, your own): the same forward with these calls by aeup, rebuilt
       from its source. Where the source is not what runs, or is not there, the module is left; :func:`aeup.intercept`
       may serve it.
     - with `fuse`, pairs that become one operation: in an ``nn.Sequential``, upsampling and the convolution after it
-      (and its activation), and a transposed convolution and its activation; in a rewritten forward, an interpolate
-      whose result goes to one module only, as its code proves; and by adapters diffusers' ``Upsample2D`` (AutoencoderKL
-      and the U-Nets) and the decoder blocks of segmentation_models_pytorch.
+      (and its activation), and a convolution or a transposed one and its activation; in a rewritten forward, an
+      interpolate whose result goes to one module only, as its code proves; and by adapters diffusers' ``Upsample2D``
+      (AutoencoderKL and the U-Nets) and the decoder blocks of segmentation_models_pytorch.
 
     Pairs are looked at again whenever they run: what has got a hook, another class or another neighbour since runs
     module by module. Not fused: a convolution with a stride, a dilation or a padding mode other than zeros, modules

@@ -23,7 +23,7 @@ struct Convolution {
   bool weight_channels_last;  // weight [ci, co / groups, kh, kw]: dense, contiguous or channels-last
   bool tf32;                  // float32 may be multiplied in tf32
   Activation activation;      // forward only
-  float slope;                // of leaky_relu
+  double slope;               // of leaky_relu
   // Where they have a kernel, the weight (and its gradient) is that of a convolution after nearest upsampling:
   // [co, ci / groups, fold_h.kernel, fold_w.kernel], contiguous or channels-last. Everything else here is of the
   // transposed convolution that it folds to; kernels add the weight up while they read it.

@@ -119,45 +119,72 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& in
 }  // namespace
 
 #ifdef AEUP_WITH_CUDA
-std::tuple<Tensor, Tensor> aeup::epilogue_gradient(const Tensor& given, const std::optional<Tensor>& output,
-                                                   int64_t activation, double slope, bool want_bias) {
-  constexpr const char* kOp = "aeup.conv_epilogue_gradient";
-  aeup::EpilogueGradient e{};
-  e.activation = activation_of(kOp, activation);
-  const bool active = e.activation != aeup::Activation::none;
-  check(kOp, given, "grad", 4);
-  e.dtype = float_dtype_of(kOp, given);
-  if (active) {
-    if (!output) fail(kOp, "an activation needs its output");
-    same_kind(kOp, *output, given, "output");
-    if (sizes(*output) != sizes(given)) fail(kOp, "grad and output differ in size");
+namespace aeup {
+namespace {
+
+constexpr const char* kEpilogue = "aeup.conv_epilogue_gradient";
+
+// before: null where there is no activation, unless it is to be rows of `pitch` bytes.
+void launch(const Epilogue& p, void* before, int64_t pitch) {
+  EpilogueGradient e = p.e;
+  if (!before && p.bias.numel() == 0) return;
+  if (p.grad.numel() == 0) {  // sums of nothing
+    torch::stable::fill_(p.bias, 0.0);
+    return;
   }
-  const torch::stable::accelerator::DeviceGuard guard(given.get_device_index());
-  const bool empty = given.numel() == 0;
-  Tensor before = given;
-  if (!active && !want_bias) return {before, aeup::empty_like(given, {0}, false)};
-  // A gradient that is dense in no layout (expanded, for one) takes the output's.
-  e.channels_last = suggests_channels_last(given) || (active && suggests_channels_last(*output));
-  const Tensor grad = dense(given, e.channels_last), out = active ? dense(*output, e.channels_last) : grad;
-  before = grad;  // whoever reads it next needs no copy of its own
-  if (active) before = aeup::empty_like(grad, sizes(given), e.channels_last);
-  Tensor bias = aeup::empty_like(given, {want_bias ? given.size(1) : 0}, false);
-  if (empty) {
-    if (want_bias) torch::stable::fill_(bias, 0.0);
-    return {before, bias};
+  e.grad = p.grad.const_data_ptr(), e.before = before, e.pitch = pitch;
+  if (e.activation != Activation::none) e.output = p.output.const_data_ptr();
+  if (p.bias.numel() > 0) e.bias = p.bias.mutable_data_ptr();
+  const torch::stable::accelerator::DeviceGuard guard(p.grad.get_device_index());
+  void* const stream = current_stream(kEpilogue, p.grad);
+  const Workspace workspace(p.grad, epilogue_gradient_workspace(e));
+  if (const char* error = launch_epilogue_gradient(e, workspace.data, stream))
+    fail(kEpilogue, std::string("CUDA kernel: ") + error);
+}
+
+std::tuple<Tensor, Tensor> epilogue_gradient(const Tensor& grad, const std::optional<Tensor>& output,
+                                             int64_t activation, double slope, bool want_bias) {
+  const Epilogue p = epilogue_of(grad, output, activation, slope, want_bias);
+  return {run_epilogue(p), p.bias};
+}
+
+}  // namespace
+
+Epilogue epilogue_of(const Tensor& given, const std::optional<Tensor>& output, int64_t activation, double slope,
+                     bool want_bias) {
+  Epilogue p;
+  EpilogueGradient& e = p.e;
+  e.activation = activation_of(kEpilogue, activation);
+  const bool active = e.activation != Activation::none;
+  check(kEpilogue, given, "grad", 4);
+  e.dtype = float_dtype_of(kEpilogue, given);
+  if (active) {
+    if (!output) fail(kEpilogue, "an activation needs its output");
+    same_kind(kEpilogue, *output, given, "output");
+    if (sizes(*output) != sizes(given)) fail(kEpilogue, "grad and output differ in size");
   }
   e.slope = slope;
   e.n = given.size(0), e.c = given.size(1), e.pixels = given.size(2) * given.size(3);
-  e.grad = grad.const_data_ptr();
-  e.output = active ? out.const_data_ptr() : nullptr;
-  e.before = active ? before.mutable_data_ptr() : nullptr;
-  e.bias = want_bias ? bias.mutable_data_ptr() : nullptr;
-  void* const stream = aeup::current_stream(kOp, given);
-  const aeup::Workspace workspace(given, aeup::epilogue_gradient_workspace(e));
-  if (const char* error = aeup::launch_epilogue_gradient(e, workspace.data, stream))
-    aeup::fail(kOp, std::string("CUDA kernel: ") + error);
-  return {before, bias};
+  // A gradient that is dense in no layout (expanded, for one) takes the output's.
+  e.channels_last = suggests_channels_last(given) || (active && suggests_channels_last(*output));
+  p.grad = active || want_bias ? dense(given, e.channels_last) : given;
+  if (active) p.output = dense(*output, e.channels_last);
+  p.bias = empty_like(given, {want_bias ? e.c : 0}, false);
+  return p;
 }
+
+Tensor run_epilogue(const Epilogue& p) {
+  if (p.e.activation == Activation::none) {
+    launch(p, nullptr, 0);
+    return p.grad;
+  }
+  Tensor before = empty_like(p.grad, sizes(p.grad), p.e.channels_last);
+  launch(p, before.mutable_data_ptr(), 0);
+  return before;
+}
+void run_epilogue(const Epilogue& p, void* rows, int64_t pitch) { launch(p, rows, pitch); }
+
+}  // namespace aeup
 #endif
 
 namespace {

@@ -105,7 +105,7 @@ inline Tensor run_forward(const char* op, Convolution c, const Tensor& given, co
                           const std::optional<Tensor>& bias, int64_t activation, double slope,
                           const std::string& family) {
   c.activation = activation_of(op, activation);
-  c.slope = float(slope);
+  c.slope = slope;
   const torch::stable::accelerator::DeviceGuard guard(given.get_device_index());
   const Tensor input = dense(given, c.channels_last), weight = dense(given_weight, c.weight_channels_last);
   Tensor added;
@@ -147,9 +147,18 @@ inline Tensor run_weight_gradient(const char* op, Convolution c, const Tensor& g
   return result;
 }
 
-// The gradient before the activation, and the bias's (ops_convolution.cpp).
-std::tuple<Tensor, Tensor> epilogue_gradient(const Tensor& grad, const std::optional<Tensor>& output,
-                                             int64_t activation, double slope, bool want_bias);
+// The gradient of bias and activation (ops_convolution.cpp). Where there is something to compute, grad and output are
+// dense in one layout.
+struct Epilogue {
+  EpilogueGradient e{};
+  Tensor grad, output, bias;  // bias: the gradient; empty where it is not wanted
+};
+Epilogue epilogue_of(const Tensor& grad, const std::optional<Tensor>& output, int64_t activation, double slope,
+                     bool want_bias);
+// The gradient before the activation, and p.bias.
+Tensor run_epilogue(const Epilogue& p);
+// The same from NCHW to channels-last rows of `pitch` bytes.
+void run_epilogue(const Epilogue& p, void* rows, int64_t pitch);
 
 // All gradients in one call, which is what a training step makes: the epilogue's, then of input and weight from the
 // gradient before the activation. What is not wanted is an empty tensor. `of_input` and `of_weight` describe the two
@@ -160,30 +169,43 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(const char* op, const Tensor& gi
                                                 int64_t activation, double slope, bool want_input, bool want_weight,
                                                 bool want_bias, OfInput of_input, OfWeight of_weight) {
   check(op, input, "input", 4);
-  auto [grad, bias] = epilogue_gradient(given, output, activation, slope, want_bias);
-  Tensor input_grad, weight_grad;
+  Epilogue epilogue = epilogue_of(given, output, activation, slope, want_bias);
+  Tensor grad = epilogue.grad, input_grad, weight_grad;
   if (!want_input || !want_weight) input_grad = weight_grad = empty_like(given, {0}, false);
   Convolution x{}, w{};
   if (want_input) x = of_input(grad);
   if (want_weight) w = of_weight(grad);
   const torch::stable::accelerator::DeviceGuard guard(given.get_device_index());
+  const bool both = want_input && want_weight;
+  const bool alike = (want_input || want_weight) && grad.numel() > 0 && (!both || x.channels_last == w.channels_last);
+  const Convolution& any = want_input ? x : w;
+  const ConvolutionFamily* family = nullptr;  // where it brings grad into one form for all that is wanted
+  if (alike) {
+    family = family_of(op, any, want_input ? Pass::input_gradient : Pass::weight_gradient, "");
+    if (!family->shared || (both && family != family_of(op, w, Pass::weight_gradient, ""))) family = nullptr;
+  }
   std::optional<Workspace> shared;
-  if (want_input && want_weight && x.channels_last == w.channels_last && grad.numel() > 0) {
-    grad = dense(grad, x.channels_last);
-    x.grad = w.grad = grad.const_data_ptr();
-    const ConvolutionFamily* family = family_of(op, x, Pass::input_gradient, "");
-    const int64_t bytes =
-        family->shared && family == family_of(op, w, Pass::weight_gradient, "") ? family->shared(x) : 0;
-    if (bytes > 0) {
-      shared.emplace(grad, bytes);
-      if (const char* error = family->share(x, shared->data, current_stream(op, grad)))
-        fail(op, std::string(family->name) + " CUDA kernel: " + error);
-      x.shared_grad = w.shared_grad = shared->data;
+  if (family && !any.channels_last && !epilogue.e.channels_last) {  // the epilogue writes that form at once
+    grad = epilogue.grad = dense(grad, false);
+    const int64_t bytes = family->shared(any);
+    shared.emplace(grad, bytes);
+    run_epilogue(epilogue, shared->data, bytes / (any.n * any.oh * any.ow));
+  } else {
+    grad = run_epilogue(epilogue);
+    if (alike) grad = dense(grad, any.channels_last);
+    if (family) {
+      x.grad = w.grad = grad.const_data_ptr();
+      if (const int64_t bytes = family->shared(any)) {
+        shared.emplace(grad, bytes);
+        if (const char* error = family->share(any, shared->data, current_stream(op, grad)))
+          fail(op, std::string(family->name) + " CUDA kernel: " + error);
+      }
     }
   }
+  if (shared) x.shared_grad = w.shared_grad = shared->data;
   if (want_input) input_grad = run_input_gradient(op, x, grad, weight, "");
   if (want_weight) weight_grad = run_weight_gradient(op, w, grad, input, weight, "");
-  return {input_grad, weight_grad, bias};
+  return {input_grad, weight_grad, epilogue.bias};
 }
 #endif
 

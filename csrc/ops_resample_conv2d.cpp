@@ -80,7 +80,7 @@ Tensor forward(const Tensor& given, const Tensor& given_weight, const std::optio
                int64_t groups, int64_t activation, double slope, bool tf32) {
   auto c = forward_of(given, given_weight, {uh, uw, mode, align_corners, scale_h, scale_w, ph, pw, groups}, tf32);
   c.activation = aeup::activation_of(kName, activation);
-  c.slope = float(slope);
+  c.slope = slope;
   const torch::stable::accelerator::DeviceGuard guard(given.get_device_index());
   const Tensor input = dense(given, c.channels_last), weight = dense(given_weight, c.weight_channels_last);
   Tensor added;

@@ -64,7 +64,7 @@ class Case:
     run = staticmethod(run)
 
 
-SLOPE = 0.0625
+SLOPE = 0.2  # between two numbers of any format
 
 
 def activate(y, activation, slope=SLOPE):
@@ -173,7 +173,18 @@ def test_unknown_family(emulated):  # noqa: F811
         check(emulated, GENERIC[0], F32, False, False, "fast")
 
 
-def check_epilogue(emulated, shape, dtype, nhwc, activation, bias=True, offset=0, other_offset=0):  # noqa: F811
+def check_epilogue(
+    emulated,  # noqa: F811
+    shape,
+    dtype,
+    nhwc,
+    activation,
+    bias=True,
+    offset=0,
+    other_offset=0,
+    pitch=0,
+    result_offset=None,
+):
     torch.manual_seed(0)
     grad = tensor(shape, dtype, nhwc, offset)
     before = torch.randn(shape, dtype=torch.float64, requires_grad=True)
@@ -186,13 +197,17 @@ def check_epilogue(emulated, shape, dtype, nhwc, activation, bias=True, offset=0
         if activation in ("silu", "gelu"):
             (want,) = torch.autograd.grad(activate(at, activation), at, grad.double())
         else:
-            slopes = {"relu": (at > 0).double(), "leaky_relu": torch.where(at > 0, 1.0, SLOPE), "tanh": 1 - at**2}
+            leaky = torch.full_like(at, SLOPE).masked_fill(at > 0, 1.0)
+            slopes = {"relu": (at > 0).double(), "leaky_relu": leaky, "tanh": 1 - at**2}
             want = grad.double() * slopes.get(activation, at * (1 - at)).detach()
-    got, total = run_epilogue(emulated, grad, output, activation, SLOPE, bias, nhwc, offset)
-    if want is not None:
-        close(got, want.detach(), dtype, 4)
+    at = offset if result_offset is None else result_offset
+    got, total = run_epilogue(emulated, grad, output, activation, SLOPE, bias, nhwc, at, pitch)
+    want = grad.double() if want is None else want.detach()
+    if got is not None:
+        close(got[:, : shape[1]], want, dtype, 4)
+        assert (got[:, shape[1] :] == 0).all()
     if bias:
-        sums = (grad.double() if want is None else want.detach()).sum((0, 2, 3))
+        sums = want.sum((0, 2, 3))
         scale = grad.double().abs().sum((0, 2, 3)).max()
         bound = ULP[dtype] * sums.abs() + (ULP[F64] if dtype == F64 else ULP[F32]) * 4 * scale
         assert ((total.double() - sums).abs() <= bound).all()
@@ -231,6 +246,27 @@ def test_epilogue_of_few_channels(emulated, dtype):  # noqa: F811
         check_epilogue(emulated, shape, dtype, False, "relu", bias=False)
 
 
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+def test_epilogue_that_turns_to_channels_last(emulated, dtype):  # noqa: F811
+    """From NCHW to rows of channels, with zeros up to a whole vector; planes that are whole vectors, and others."""
+    vector = 16 // dtype.itemsize
+    shapes = ((2, 17, 5, 7), (1, 64, 8, 8), (3, 65, 4, 6), (1, 1, 1, 1), (5, 9, 3, 1), (2, 130, 2, 4), (1, 24, 16, 50))
+    for shape in shapes:
+        how = dict(nhwc=False, pitch=-(-shape[1] // vector) * vector, result_offset=0)
+        check_epilogue(emulated, shape, dtype, activation="relu", **how)
+        check_epilogue(emulated, shape, dtype, activation="none", **how)
+        check_epilogue(emulated, shape, dtype, activation="leaky_relu", bias=False, offset=1, **how)
+        check_epilogue(emulated, shape, dtype, activation="silu", other_offset=vector // 2, **how)
+    check_epilogue(emulated, (1, 40, 3, 5), dtype, False, "none", bias=False, pitch=48, result_offset=0)
+    check_epilogue(emulated, (7, 300, 4, 4), dtype, False, "tanh", pitch=304, result_offset=vector)
+
+
+def test_epilogue_refuses_rows_off_alignment(emulated):  # noqa: F811
+    for dtype, pitch, offset in ((BF16, 12, 0), (F32, 16, 2), (F32, 8, 0), (F64, 16, 0)):
+        with pytest.raises(RuntimeError, match="channels-last rows"):
+            check_epilogue(emulated, (1, 10, 2, 3), dtype, False, "relu", pitch=pitch, result_offset=offset)
+
+
 FEW = [
     Case((1, 32, 6, 8), 3),
     Case((2, 64, 5, 32), 3),
@@ -240,6 +276,8 @@ FEW = [
     Case((1, 7, 4, 6), 3, (4, 3), (2, 2), (1, 0), (1, 0)),
     Case((1, 16, 2, 133), 3, (4, 4), (2, 2), (1, 1), (0, 1)),
     Case((1, 8, 1, 1), 1, (1, 2), (2, 2), (0, 1), (0, 1)),
+    Case((1, 8, 3, 136), 2),
+    Case((2, 32, 14, 14), 1),
 ]
 
 

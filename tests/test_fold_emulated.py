@@ -113,6 +113,8 @@ GENERIC = [
     Case((1, 6, 5, 6), 6, groups=6),
     Case((1, 6, 2, 3), 12, (3, 3), (3, 2), (4, 0), 3),
     Case((1, 4, 7, 150), 3, (5, 5), (2, 2), (2, 2)),
+    Case((2, 24, 13, 21), 36),
+    Case((1, 12, 21, 20), 6, groups=2),
 ]
 
 
@@ -186,6 +188,9 @@ PACKED = [  # ci, co, kernel, scale, padding, input pixels
     (18, 36, (15, 15), (2, 2), (7, 7), (4, 4)),
     (17, 21, (3, 3), (2, 3), (1, 0), (1, 4)),
     (34, 17, (2, 3), (2, 2), (1, 1), (1, 1)),
+    (72, 40, (3, 3), (2, 2), (1, 1), (4, 4)),
+    (24, 33, (3, 3), (2, 2), (2, 1), (1, 4)),
+    (8, 136, (2, 2), (2, 2), (0, 0), (4, 4)),
 ]
 
 
@@ -250,7 +255,7 @@ def test_operators_describe_and_choose():
 
     x, w = (2, 64, 17, 19), (40, 64, 3, 3)
     assert kernel(x, w) == kernel(x, w, which=2) == "hopper"
-    assert kernel(x, w, F32).split(" ")[0] == "hopper_float" and kernel(x, w, F32, which=2).split(" ")[0] == "generic"
+    assert kernel(x, w, F32).split(" ")[0] == kernel(x, w, F32, which=2).split(" ")[0] == "hopper_float"
     assert kernel(x, (3, 64, 3, 3)).split(" ")[0] == "few"
     assert "hopper: made for compute capability 9" in kernel(x, w, major=8)
     assert kernel(x, (40, 32, 3, 3), groups=2).split(" ")[0] == "generic"

@@ -180,7 +180,10 @@ def test_activations_and_the_backward_in_one_call(case, dtype):
                 grad, None if number == 0 else kept, number, SLOPE, True
             )
             apart = [raw(case, (x, w, b, before), which) for which in (1, 2)]
-            assert all(torch.equal(a, c) for a, c in zip(got, (*apart, of_bias), strict=True))
+            assert all(torch.equal(a, c) for a, c in zip(got[:2], apart, strict=True))
+            # One pass from NCHW to channels-last adds in another order.
+            bound = 2**-20 * before.double().abs().sum((0, 2, 3)) + torch.finfo(dtype).eps * of_bias.double().abs()
+            assert ((got[2].double() - of_bias.double()).abs() <= bound).all()
             apply = {"none": lambda t: t, "leaky_relu": lambda t: F.leaky_relu(t, SLOPE)}.get(activation)
             apply = apply or getattr(torch if hasattr(torch, activation) else F, activation)
             with float32_precision("ieee"):
@@ -189,7 +192,7 @@ def test_activations_and_the_backward_in_one_call(case, dtype):
         only = torch.ops.aeup_native.upsample_conv2d_backward(
             grad, x, w, None, *case.geometry, 0, 0.0, False, False, True, False
         )
-        assert [t.numel() > 0 for t in only] == [False, True, False]
+        assert [t.numel() > 0 for t in only] == [False, True, False] and torch.equal(only[1], raw(case, tensors, 2))
 
 
 @pytest.mark.parametrize("dtype", (F32, BF16), ids=str)
@@ -330,5 +333,5 @@ def test_resized_then_convolved_by_the_kernels_of_nearest(mode, dtype):
 
             y = fused(*leaves)
             got = y, *torch.autograd.grad(y, leaves, grad)
-            assert "[hopper" in aeup.explain(fused, *leaves)[0].kernel or torch.cuda.get_device_capability()[0] != 9
+            assert "by hopper" in aeup.explain(fused, *leaves)[0].kernel or torch.cuda.get_device_capability()[0] != 9
         check_all(*([t.detach().cpu() for t in group] for group in (got, exact, other)))

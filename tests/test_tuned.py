@@ -52,7 +52,9 @@ def test_every_shipped_table_is_well_formed():
         (H100, "few", "forward", "tf32", "NCHW", 1 << 15, "torch"),
         (H100, "few", "forward", "tf32", "NCHW", (1 << 15) + 1, None),
         (H100, "few", "forward", "tf32", "NHWC", 1 << 15, None),
-        (H100, "hopper_float", "input_gradient", "tf32", "NCHW", 1 << 16, "torch"),
+        (H100, "hopper_float", "input_gradient", "tf32", "NHWC", 1 << 16, None),
+        (H100, "hopper_float", "weight_gradient", "tf32", "NHWC", 1 << 17, "torch"),
+        (H100, "hopper_float", "weight_gradient", "tf32", "NCHW", 1 << 17, None),
         ("NVIDIA H200", "generic", "weight_gradient", "float32", "NHWC", 1 << 16, "cuda"),  # the nearest table
         ("NVIDIA A100-SXM4-80GB", "generic", "weight_gradient", "float32", "NHWC", 1 << 16, "torch"),
         ("", "few", "forward", "bfloat16", "NHWC", 1 << 16, None),
@@ -65,7 +67,7 @@ def test_first_fitting_rule_decides(device, family, which, dtype, layout, pixels
     assert (found and found.backend) == backend
     assert not found or not found.why or found.why.endswith("(tuned table)")
     found = next(r for r in rules if r.fits(call | {"op": "upsample_conv2d"}))
-    fused = family != "generic" and backend is None
+    fused = family != "generic" and (backend is None or family == "hopper_float")
     assert found.backend == ("cuda" if fused else "composed")
 
 

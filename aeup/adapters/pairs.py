@@ -14,6 +14,7 @@ from aeup.functional import Activation, conv_transpose2d, interpolate
 from aeup.ops.interpolate import MODES
 
 TRANSPOSED = (nn.ConvTranspose2d, aeup_nn.ConvTranspose2d)
+CONVOLUTIONS = (nn.Conv2d, aeup_nn.Conv2d)
 UPSAMPLES = (
     nn.Upsample,
     nn.UpsamplingNearest2d,
@@ -22,7 +23,8 @@ UPSAMPLES = (
     aeup_nn.UpsamplingNearest2d,
     aeup_nn.UpsamplingBilinear2d,
 )
-_STARTS = frozenset((*TRANSPOSED, *UPSAMPLES))  # of a pair
+_WITH_ACTIVATION = (*TRANSPOSED, aeup_nn.Conv2d)  # run as one operation with it
+_STARTS = frozenset((*_WITH_ACTIVATION, *UPSAMPLES))  # of a pair
 _ACTIVATIONS = {nn.ReLU: "relu", nn.SiLU: "silu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
 
 
@@ -75,10 +77,24 @@ def refuses_upsampling(up: Resampling) -> str | None:
     return "recompute_scale_factor is not fused" if up.recompute_scale_factor else None
 
 
+def serves_alone(module: nn.Module) -> bool:
+    """Whether a convolution without an upsampling gains by aeup: its bias, or an activation, is added in the kernel."""
+    return (
+        type(module) in CONVOLUTIONS
+        and refuses_convolution(module) is None
+        and module.bias is not None
+        and module.groups == 1
+        and min(module.in_channels, module.out_channels) >= 16
+        and min(module.kernel_size) > 1
+    )
+
+
 def refuses_convolution(conv: nn.Module) -> str | None:
     """Why the convolution cannot take its input at the lower resolution, or None."""
-    if type(conv) is not nn.Conv2d:
+    if type(conv) not in CONVOLUTIONS:
         return refuses_type(conv)
+    if getattr(conv, "activation", None) is not None:
+        return "the convolution has an activation already"
     if conv.stride != (1, 1):
         return f"the convolution has stride {conv.stride}"
     if conv.dilation != (1, 1):
@@ -149,13 +165,15 @@ def run_sequence(modules: list[nn.Module], input, up: Resampling | None = None):
             if _fuses(found, modules[i + 1], input):
                 up, i, module = found, i + 1, modules[i + 1]
                 kind = type(module)
-        if up is not None and kind is not nn.Conv2d:
+        if up is not None and kind not in CONVOLUTIONS:
             input, up, i = run_sequence(list(module._modules.values()), input, up), None, i + 1
             continue
-        fusable = up is not None or (kind in TRANSPOSED and i + 1 < n and _is_plain_transposed(module))
+        fusable = up is not None or (kind in _WITH_ACTIVATION and i + 1 < n and _takes_activation(module))
         activation = activation_of(modules[i + 1]) if fusable and i + 1 < n else None
         if up is not None:
             input, up = _upsample_conv(input, up, module, activation), None
+        elif activation is not None and kind is aeup_nn.Conv2d:
+            input = module.activated(input, activation)
         elif activation is not None:
             input = conv_transpose2d(
                 input, module.weight, module.bias, module.stride, module.padding, module.output_padding, module.groups,
@@ -167,7 +185,7 @@ def run_sequence(modules: list[nn.Module], input, up: Resampling | None = None):
     return input
 
 
-def _is_plain_transposed(module: nn.Module) -> bool:
+def _takes_activation(module: nn.Module) -> bool:
     return watched(module) is None and getattr(module, "activation", None) is None
 
 
@@ -193,7 +211,7 @@ def pair(module, input: Tensor, *args, **kwargs):
     if isinstance(module, nn.Module):
         up = Resampling(*args, **kwargs)
         if _fuses(up, module, input):
-            if type(module) is nn.Conv2d:
+            if type(module) in CONVOLUTIONS:
                 return _upsample_conv(input, up, module, None)
             return run_sequence([module], input, up)
     return module(interpolate(input, *args, **kwargs))
@@ -220,6 +238,9 @@ def pairs_in(sequence: nn.Sequential) -> list[tuple[int, int, str | None]]:
                 if reason is None and conv is after and i + 2 < len(modules) and activation_of(modules[i + 2]):
                     size = 3
                 found.append((i, size, reason))
+                i += conv is after  # it belongs to this pair
+        elif serves_alone(module) and activation_of(after) is not None:
+            found.append((i, 2, None))
         elif isinstance(module, nn.ConvTranspose2d) and type(after).__module__ == "torch.nn.modules.activation":
             reason = None if type(module) in TRANSPOSED else refuses_type(module)
             if reason is None and watched(module):

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aeup.decoder import UPSAMPLE, check_int, check_size
+from aeup.decoder import UPSAMPLE, check_int, check_size, norm_and_activation
 from aeup.models.base import Model, check_choice
 from aeup.nn import ConvTranspose2d, UpsampleConv2d
 
@@ -46,8 +46,9 @@ class Generator(nn.Module):
         layers: list[nn.Module] = [nn.Unflatten(1, (latent_dim, 1, 1))]
         layers += [ConvTranspose2d(latent_dim, widths[0], start, bias=False)]
         for c_in, c_out in zip(widths, widths[1:], strict=False):
-            layers += [nn.BatchNorm2d(c_in), nn.ReLU(), enlarge(c_in, c_out, upsample, bias=False)]
-        layers += [nn.BatchNorm2d(width), nn.ReLU(), enlarge(width, out_channels, upsample, activation="tanh")]
+            layers += [*norm_and_activation("batch", c_in, "relu"), enlarge(c_in, c_out, upsample, bias=False)]
+        layers += norm_and_activation("batch", width, "relu")
+        layers += [enlarge(width, out_channels, upsample, activation="tanh")]
         self.layers = nn.Sequential(*layers)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -63,8 +64,8 @@ class Discriminator(nn.Module):
         layers: list[nn.Module] = [nn.Conv2d(in_channels, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for i in range(stages - 1):
             c = width * 2**i
-            layers += [nn.Conv2d(c, 2 * c, 4, stride=2, padding=1, bias=False), nn.BatchNorm2d(2 * c)]
-            layers += [nn.LeakyReLU(0.2)]
+            layers += [nn.Conv2d(c, 2 * c, 4, stride=2, padding=1, bias=False)]
+            layers += norm_and_activation("batch", 2 * c, "leaky_relu")
         layers += [nn.Conv2d(width * 2 ** (stages - 1), 1, start), nn.Flatten(0)]
         self.layers = nn.Sequential(*layers)
 

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aeup.decoder import UPSAMPLE, check_int
+from aeup.decoder import UPSAMPLE, check_int, norm_and_activation
 from aeup.models.base import Model, check_choice
 from aeup.nn import ConvTranspose2d, Upsample
 
@@ -131,7 +131,7 @@ def block(c_in: int, c_out: int) -> nn.Sequential:
     """Two convolutions at the size of their input."""
     layers: list[nn.Module] = []
     for c in (c_in, c_out):
-        layers += [nn.Conv2d(c, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()]
+        layers += [nn.Conv2d(c, c_out, 3, padding=1, bias=False), *norm_and_activation("batch", c_out, "relu")]
     return nn.Sequential(*layers)
 
 

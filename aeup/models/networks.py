@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from aeup.decoder import Decoder, check_int, check_size, check_widths, make_activation, make_norm
+from aeup.decoder import Decoder, check_int, check_size, check_widths, make_activation, norm_and_activation
 from aeup.models.base import check_choice
 
 NETWORKS = ("conv", "mlp")
@@ -44,7 +44,7 @@ class Encoder(nn.Module):
         layers: list[nn.Module] = []
         for c_out in reversed(check_widths(c.channels)[1:]) if c.network == "conv" else ():
             layers += [nn.Conv2d(width, c_out, 3, stride=2, padding=1, bias=c.norm is None)]
-            layers += [make_norm(c.norm, c_out), make_activation(c.activation)]
+            layers += norm_and_activation(c.norm, c_out, c.activation)
             width, h, w = c_out, (h + 1) // 2, (w + 1) // 2
         self.features = nn.Sequential(*layers, nn.Flatten())
         self.hidden, width = dense(width * h * w, c)

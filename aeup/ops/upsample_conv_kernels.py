@@ -160,7 +160,7 @@ def _composed_label(kind: int):
         args = [plain.convolution(a) if isinstance(a, UpsampleGeometry) else a for a in args]
         rules = None if device.type == "cpu" else MAPS[kind].rules[device]
         decision = rules and rules.decision(tuple(args))
-        by = f" [{_family_of(kind, *args[:2], args[2:], device)}]" if decision and decision.backend == "cuda" else ""
+        by = f" by {_family_of(kind, *args[:2], args[2:], device)}" if decision and decision.backend == "cuda" else ""
         return plain.LABEL + by
 
     return label

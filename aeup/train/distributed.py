@@ -26,7 +26,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from aeup.functional import parse_activation
 from aeup.models.base import BatchMean
+from aeup.ops.epilogue import activate
 from aeup.train.config import ConfigError, TrainingError
 
 
@@ -184,15 +186,17 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     def __init__(self, like: nn.modules.batchnorm._BatchNorm, world: World) -> None:
         super().__init__(like.num_features, like.eps, like.momentum, like.affine, like.track_running_stats)
         self._parameters, self._buffers, self.training = like._parameters, like._buffers, like.training
-        self.world = world
+        self.activation, self.world = getattr(like, "activation", None), world
 
     def _check_input_dim(self, x: torch.Tensor) -> None:
         if x.dim() < 2:
             raise ValueError(f"expected at least 2 dimensions, got {x.dim()}")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.training:
-            return super().forward(x)
+        y = self._normalised(x) if self.training else super().forward(x)
+        return activate(y, *parse_activation(self.activation))  # of an aeup.BatchNorm2d
+
+    def _normalised(self, x: torch.Tensor) -> torch.Tensor:
         self._check_input_dim(x)
         wide, axes = x.float(), [d for d in range(x.dim()) if d != 1]
         shape = [1, -1] + [1] * (x.dim() - 2)

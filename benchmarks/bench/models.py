@@ -105,6 +105,7 @@ WORKLOADS: tuple[Decoding | Training, ...] = (
     Decoding("taesd_b8", _TAESD, nets.taesd, (8, 4, 64, 64), (4, 4, 8, 8)),
     Decoding("dcgan_decoder", "pytorch/examples dcgan/main.py", nets.dcgan, (128, 100, 1, 1), (8, 100, 1, 1)),
     Training("vae", "vae", 128, 64),
+    Training("vae_plain", "vae", 128, 64, {"channels": (64, 64, 32), "depth": 0, "norm": None, "activation": "relu"}),
     Training("vae_flow", "vae", 128, 64, {"posterior": "flow"}),
     Training("ae", "ae", 128, 64),
     Training("denoising", "denoising", 128, 64),

@@ -15,15 +15,16 @@ _PLAIN = {
     aeup.UpsamplingNearest2d: nn.UpsamplingNearest2d,
     aeup.UpsamplingBilinear2d: nn.UpsamplingBilinear2d,
     aeup.ConvTranspose2d: nn.ConvTranspose2d,
+    aeup.BatchNorm2d: nn.BatchNorm2d,
 }
 _ACTIVATIONS = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "silu": nn.SiLU, "gelu": nn.GELU}
 _ACTIVATIONS |= {"tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
 
 
 def twin(model: nn.Module) -> nn.Module:
-    """A copy of `model` [any input -> any output] without aeup's ops: nn.Upsample, nn.Conv2d, nn.ConvTranspose2d and
-    activation modules in the place of `aeup.Upsample`, `UpsampleConv2d` and `ConvTranspose2d`. Parameters are copied,
-    their names stay.
+    """A copy of `model` [any input -> any output] without aeup's ops: nn.Upsample, nn.Conv2d, nn.ConvTranspose2d,
+    nn.BatchNorm2d and activation modules in the place of `aeup.Upsample`, `UpsampleConv2d`, `ConvTranspose2d` and
+    `BatchNorm2d`. Parameters are copied, their names stay.
 
     Raises:
         TypeError: a module of aeup.nn that has no entry here.
@@ -46,7 +47,7 @@ def _converted(module: nn.Module) -> nn.Module:
 
 
 def _activation_module(activation) -> nn.Module:
-    """In place where torch has it, as people write it after a convolution."""
+    """In place where torch has it, as people write it after a convolution or a norm."""
     name, slope = parse_activation(activation)
     kw = {"relu": {"inplace": True}, "leaky_relu": {"negative_slope": slope, "inplace": True}}.get(name, {})
     return _ACTIVATIONS[name](**kw)
@@ -73,7 +74,14 @@ class _ConvTranspose2d(nn.ConvTranspose2d):
         return self.after(super().forward(x, output_size))
 
 
-def _with_activation(layer: nn.ConvTranspose2d, activation) -> nn.Module:
-    layer.__class__ = _ConvTranspose2d
+class _BatchNorm2d(nn.BatchNorm2d):
+    """nn.BatchNorm2d, then `after`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(super().forward(x))
+
+
+def _with_activation(layer: nn.ConvTranspose2d | nn.BatchNorm2d, activation) -> nn.Module:
+    layer.__class__ = {nn.ConvTranspose2d: _ConvTranspose2d, nn.BatchNorm2d: _BatchNorm2d}[type(layer)]
     layer.after = _activation_module(activation).train(layer.training)
     return layer

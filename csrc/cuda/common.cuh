@@ -101,7 +101,7 @@ AEUP_DEV void store_words(void* p, const uint32_t* w) {
   emu::move(p, w, B);
 #else
   if constexpr (B == 16) {
-    *static_cast<uint4*>(p) = make_uint4(w[0], w[1], w[2], w[3]);
+    __stwb(static_cast<uint4*>(p), make_uint4(w[0], w[1], w[2], w[3]));  // plain stores are split into words at times
   } else if constexpr (B == 8) {
     *static_cast<uint2*>(p) = make_uint2(w[0], w[1]);
   } else if constexpr (B == 4) {

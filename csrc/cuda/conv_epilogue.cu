@@ -1,14 +1,14 @@
 // The gradient of the epilogue: one pass over grad (and the activation's values) that writes the gradient before the
-// activation and sums per channel; the sums of the blocks are added in a fixed order.
+// activation, in another layout if it must, and sums per channel; the sums of the blocks are added in a fixed order.
 #include <numeric>
 
+#include "conv_common.cuh"
 #include "conv_launch.h"
-#include "conv_partials.cuh"
 
 namespace aeup {
 namespace {
 
-constexpr int kBlock = 256, kWarps = kBlock / 32, kPerMultiprocessor = 4;
+constexpr int kBlock = 256, kWarps = kBlock / 32, kPerMultiprocessor = 4, kTurnedPerMultiprocessor = 3;
 
 template <class T>
 struct Epilogue {
@@ -28,9 +28,13 @@ struct Epilogue {
   int64_t n, pixels, images, chunk, chunks, image_splits;
   int lanes;
   bool aligned;  // all tensors at the same offset from a 16-byte boundary
+  // turned: channels of a row of `before`; groups of channels, and blocks of a group
+  int64_t pitch, groups, parts;
 };
 template <class T>
 constexpr int kWide = 16 / int(sizeof(T));
+template <class T>
+constexpr int kTurned = 128 / int(sizeof(T));  // channels, and pixels, of a tile
 inline bool is_piecewise(Activation a) {
   return a == Activation::none || a == Activation::relu || a == Activation::leaky_relu;
 }
@@ -52,17 +56,28 @@ struct Piece {
     grad.load(p.grad + at);
     if (p.values) values.load(p.values + at);
   }
+  // Element i alone, where A is one element.
+  AEUP_DEV void load_element(const Epilogue<T>& p, int64_t at, int i) {
+    load_words<A>(p.grad + at, grad.w + i * grad.words);
+    if (p.values) load_words<A>(p.values + at, values.w + i * values.words);
+  }
+  AEUP_DEV void clear() { grad.clear(), values.clear(); }
+  // The gradient before the activation.
+  AEUP_DEV void before(const Epilogue<T>& p, Acc<T> slope, Acc<T>* g) const {
+    using S = Acc<T>;
+    grad.unpack(g);
+    if (!p.values) return;
+    S v[V];
+    values.unpack(v);
+#pragma unroll
+    for (int i = 0; i < V; ++i)
+      g[i] *= kPiecewise ? (v[i] > S(0) ? S(1) : slope) : derivative(v[i], p.activation, p.slope);
+  }
   // Stores what goes on from here, and adds it to sum.
   AEUP_DEV void finish(const Epilogue<T>& p, int64_t at, Acc<T> slope, Acc<T>* sum) {
-    using S = Acc<T>;
-    S g[V];
-    grad.unpack(g);
+    Acc<T> g[V];
+    before(p, slope, g);
     if (p.values) {
-      S v[V];
-      values.unpack(v);
-#pragma unroll
-      for (int i = 0; i < V; ++i)
-        g[i] *= kPiecewise ? (v[i] > S(0) ? S(1) : slope) : derivative(v[i], p.activation, p.slope);
       grad.pack(g);
       grad.store(p.before + at);
     }
@@ -98,7 +113,6 @@ __global__ void __launch_bounds__(kBlock, kPerMultiprocessor) along_channels(Epi
   using S = Acc<T>;
   constexpr int V = kWide<T>, kSlots = kBlock * V;
   alignas(16) __shared__ S sums[kSlots];
-  let_next_start();
   const int64_t me = int64_t(blockIdx.x) * kBlock + threadIdx.x, whole = p.elements / V * V;
   const S slope = S(p.slope);
   S sum[V];
@@ -113,6 +127,7 @@ __global__ void __launch_bounds__(kBlock, kPerMultiprocessor) along_channels(Epi
         if (whole + i < p.elements) single<T, kPiecewise>(p, whole + i, slope, sum + i);
     }
   }
+  let_next_start();
   if (!p.partial && !p.bias) return;
 #pragma unroll
   for (int i = 0; i < V; ++i) sums[threadIdx.x * V + i] = sum[i];
@@ -164,7 +179,6 @@ __global__ void __launch_bounds__(kBlock, kPiecewise ? kPerMultiprocessor : 3) a
   using S = Acc<T>;
   constexpr int V = kWide<T>;
   __shared__ S sums[kBlock];
-  let_next_start();
   const int lane = threadIdx.x & (p.lanes - 1), per_block = kBlock / p.lanes;
   const int64_t unit = int64_t(blockIdx.x) * per_block + int(threadIdx.x) / p.lanes;
   const Split c = split(unit, p.c), chunk = split(c.quotient, p.chunks);
@@ -184,6 +198,7 @@ __global__ void __launch_bounds__(kBlock, kPiecewise ? kPerMultiprocessor : 3) a
     vectors<T, 16, kPiecewise>(p, first + lane * V, body, int64_t(p.lanes) * V, slope, sum);
     for (int64_t at = body + lane; at < end; at += p.lanes) single<T, kPiecewise>(p, at, slope, sum);
   }
+  let_next_start();
   if (!p.partial && !p.bias) return;
   S total = S(0);
 #pragma unroll
@@ -197,41 +212,140 @@ __global__ void __launch_bounds__(kBlock, kPiecewise ? kPerMultiprocessor : 3) a
   if (lane == 0 && unit < p.c * p.chunks * p.image_splits) store_sum(p, unit, total);
 }
 
-// partial [parts][c] -> bias [c], a block per channel.
+// grad and values [n, c, pixels] -> before [n, pixels, pitch], zeros from c on. A tile is kTurned pixels (images one
+// after the other) of kTurned channels: 128 bytes of either in a row. A thread loads a vector of pixels for each of the
+// kPer channels of a word, and stores vectors of channels; a block takes every parts-th tile of its channels.
+template <class T, int A, bool kPiecewise>
+__global__ void __launch_bounds__(kBlock, kTurnedPerMultiprocessor) turned(Epilogue<T> p) {
+  using S = Acc<T>;
+  constexpr int V = kWide<T>, kPixels = kTurned<T>, kWords = 32, kPer = kTurned<T> / kWords;
+  // Vector v of a pixel is at v ^ (pixel / V): 8 vectors of any 8 threads are in different banks, either way.
+  alignas(16) __shared__ uint32_t tiles[2][kPixels][kWords];
+  const int lane = threadIdx.x % 8, row = threadIdx.x / 8;
+  const Split block = split(blockIdx.x, p.groups);
+  const int64_t first = block.remainder * kTurned<T>, channel = first + row * kPer;
+  const int64_t all = p.n * p.pixels;
+  const S slope = S(p.slope);
+  Piece<T, V, A, kPiecewise> held[kPer];
+  const auto load = [&](int64_t pixel) {
+#pragma unroll
+    for (int k = 0; k < kPer; ++k) held[k].clear();
+    if (pixel >= all) return;
+    const Split at = split(pixel, p.pixels);
+    int64_t from = (at.quotient * p.c + channel) * p.pixels + at.remainder;
+    if constexpr (A == 16) {
+#pragma unroll
+      for (int k = 0; k < kPer; ++k)
+        if (channel + k < p.c) held[k].load(p, from + k * p.pixels);
+    } else {
+      int64_t left = p.pixels - at.remainder;  // in this image
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        if (pixel + i < all)
+#pragma unroll
+          for (int k = 0; k < kPer; ++k)
+            if (channel + k < p.c) held[k].load_element(p, from + k * p.pixels, i);
+        ++from;
+        if (--left == 0) from += (p.c - 1) * p.pixels, left = p.pixels;
+      }
+    }
+  };
+  S sum[kPer];
+#pragma unroll
+  for (int k = 0; k < kPer; ++k) sum[k] = S(0);
+  const int64_t step = p.parts * kPixels;
+  load(block.quotient * kPixels + lane * V);
+  int flip = 0;
+#pragma unroll 1
+  for (int64_t tile = block.quotient * kPixels; tile < all; tile += step, flip ^= 1) {
+    S g[kPer][V];
+#pragma unroll
+    for (int k = 0; k < kPer; ++k) held[k].before(p, slope, g[k]);
+    load(tile + step + lane * V);
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      Raw<T, kPer> word;
+      S of[kPer];
+#pragma unroll
+      for (int k = 0; k < kPer; ++k) of[k] = g[k][i];
+      word.pack(of);
+      tiles[flip][lane * V + i][row ^ lane * 4] = word.w[0];
+    }
+#pragma unroll
+    for (int k = 0; k < kPer; ++k) {
+#pragma unroll
+      for (int i = V / 2; i; i /= 2)
+#pragma unroll
+        for (int j = 0; j < i; ++j) g[k][j] += g[k][j + i];
+      sum[k] += g[k][0];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kPixels; i += kBlock / 8) {
+      const int pixel = i + row;
+      if (tile + pixel >= all || first + lane * V >= p.pitch) continue;
+      T* const to = p.before + (tile + pixel) * p.pitch + first + lane * V;
+      AEUP_CHECK(to, 16, true);
+      *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(&tiles[flip][pixel][(lane ^ pixel / V) * 4]);
+    }
+  }
+  let_next_start();
+  if (!p.partial && !p.bias) return;
+#pragma unroll
+  for (int k = 0; k < kPer; ++k) {
+#pragma unroll
+    for (int n = 4; n; n /= 2) sum[k] += __shfl_xor_sync(~0u, sum[k], n);
+    if (lane == 0 && channel + k < p.c) store_sum(p, block.quotient * p.c + channel + k, sum[k]);
+  }
+}
+
+constexpr int kSector = 8;  // channels of a block of add_parts
+
+// partial [parts][c] -> bias [c].
 template <class T>
 __global__ void __launch_bounds__(kBlock) add_parts(const Acc<T>* partial, T* bias, int64_t parts, int64_t c) {
   using S = Acc<T>;
-  __shared__ S sums[kWarps];
+  constexpr int kRows = kBlock / kSector, kBatch = 10;
+  __shared__ S sums[kWarps][kSector];
   after_previous();
+  const int lane = threadIdx.x % kSector;
+  const int64_t channel = int64_t(blockIdx.x) * kSector + lane;
   S sum = S(0);
-#pragma unroll 4
-  for (int64_t i = threadIdx.x; i < parts; i += kBlock) {
-    const S* at = partial + i * c + blockIdx.x;
+#pragma unroll 1
+  for (int64_t at = threadIdx.x / kSector; at < parts; at += kRows * kBatch) {
+    S part[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const bool inside = channel < c && at + i * kRows < parts;
+      const S* from = partial + (at + i * kRows) * c + channel;
 #ifdef AEUP_EMULATE
-    sum += load_one(at);
+      part[i] = inside ? load_one(from) : S(0);
 #else
-    sum += __ldcg(at);  // written while this kernel may have been set up
+      part[i] = inside ? __ldcg(from) : S(0);  // written while this kernel may have been set up
 #endif
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) sum += part[i];
   }
 #pragma unroll
-  for (int n = 16; n; n /= 2) sum += __shfl_xor_sync(~0u, sum, n);
-  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
+  for (int n = 16; n >= kSector; n /= 2) sum += __shfl_xor_sync(~0u, sum, n);
+  if (threadIdx.x % 32 < kSector) sums[threadIdx.x / 32][lane] = sum;
   __syncthreads();
-  if (threadIdx.x) return;
-  sum = sums[0];
+  if (threadIdx.x >= kSector || channel >= c) return;
+  sum = sums[0][lane];
 #pragma unroll
-  for (int i = 1; i < kWarps; ++i) sum += sums[i];
-  store_one(bias + blockIdx.x, sum);
+  for (int i = 1; i < kWarps; ++i) sum += sums[i][lane];
+  store_one(bias + channel, sum);
 }
 #ifdef AEUP_EMULATE
 template <class T>
 const char* launch_next(const Acc<T>* partial, T* bias, int64_t parts, int64_t c, void* stream) {
   emu::overlap_next();
-  return launch(add_parts<T>, c, kBlock, 0, stream, partial, bias, parts, c);
+  return launch(add_parts<T>, ceil_div(c, kSector), kBlock, 0, stream, partial, bias, parts, c);
 }
 #else
-// Set up while the kernel before still runs, where the code of both kernels is for compute capability 9.0 and later:
-// older code does not wait.
+// Set up while the kernel before ends, where the code of both kernels is for compute capability 9.0 and later: older
+// code does not wait.
 template <class T>
 const char* launch_next(const Acc<T>* partial, T* bias, int64_t parts, int64_t c, void* stream) {
   static std::atomic<int> waits[64];  // by device: 0 unknown, 1 no, 2 yes
@@ -247,7 +361,7 @@ const char* launch_next(const Acc<T>* partial, T* bias, int64_t parts, int64_t c
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(unsigned(c)), config.blockDim = dim3(kBlock);
+  config.gridDim = dim3(unsigned(ceil_div(c, kSector))), config.blockDim = dim3(kBlock);
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &overlap, config.numAttrs = known == 2;
   const cudaError_t e = cudaLaunchKernelEx(&config, add_parts<T>, partial, bias, parts, c);
@@ -264,7 +378,7 @@ bool same_offset(const EpilogueGradient& e) {
 template <class T>
 struct Plan {
   Epilogue<T> p;
-  bool planes;
+  bool turned, planes;
   int64_t blocks, partials;  // partials [partials / c][c]
 };
 template <class T>
@@ -278,6 +392,13 @@ Plan<T> plan_of(const EpilogueGradient& e) {
   p.slope = e.activation == Activation::relu ? 0 : e.slope;
   p.n = e.n, p.pixels = e.pixels;
   const int64_t most = kPerMultiprocessor * int64_t(multiprocessors());  // all at once
+  if ((q.turned = e.pitch != 0)) {
+    const int64_t tiles = ceil_div(e.n * e.pixels, kTurned<T>);
+    p.pitch = e.pitch / int64_t(sizeof(T)), p.groups = ceil_div(p.pitch, kTurned<T>);
+    p.parts = min(tiles, max(kTurnedPerMultiprocessor * int64_t(multiprocessors()) / p.groups, int64_t(1)));
+    q.blocks = p.groups * p.parts, q.partials = p.parts * p.c;
+    return q;
+  }
   // One pixel per image, or one channel, is both layouts.
   q.planes = !e.channels_last && e.pixels > 1 && e.c > 1;
   if (!q.planes) {
@@ -313,6 +434,13 @@ Plan<T> plan_of(const EpilogueGradient& e) {
 
 template <class T, bool kPiecewise>
 const char* launch_first(const Plan<T>& q, const EpilogueGradient& e, void* stream) {
+  if constexpr (sizeof(T) <= 4)
+    if (q.turned) {
+      const int64_t plane = e.pixels * int64_t(sizeof(T));
+      if (alignment_of(e.grad, plane) == 16 && alignment_of(e.output, plane) == 16)
+        return launch(turned<T, 16, kPiecewise>, q.blocks, kBlock, 0, stream, q.p);
+      return launch(turned<T, int(sizeof(T)), kPiecewise>, q.blocks, kBlock, 0, stream, q.p);
+    }
   if (q.planes) return launch(along_planes<T, kPiecewise>, q.blocks, kBlock, 0, stream, q.p);
   if (q.p.aligned && alignment_of(e.grad) == 16)
     return launch(along_channels<T, 16, kPiecewise>, q.blocks, kBlock, 0, stream, q.p);
@@ -320,6 +448,8 @@ const char* launch_first(const Plan<T>& q, const EpilogueGradient& e, void* stre
 }
 template <class T>
 const char* run(const EpilogueGradient& e, void* workspace, void* stream) {
+  if (e.pitch && (sizeof(T) > 4 || e.pitch < e.c * int64_t(sizeof(T)) || alignment_of(e.before, e.pitch) < 16))
+    return "channels-last rows are of 2- or 4-byte elements, hold all channels and start at multiples of 16 bytes";
   Plan<T> q = plan_of<T>(e);
   const int64_t parts = q.partials / e.c;
   q.p.aligned = same_offset(e);
@@ -332,9 +462,7 @@ const char* run(const EpilogueGradient& e, void* workspace, void* stream) {
   const char* error =
       is_piecewise(e.activation) ? launch_first<T, true>(q, e, stream) : launch_first<T, false>(q, e, stream);
   if (error || !q.p.partial) return error;
-  if (e.c <= 64) return launch_next<T>(q.p.partial, static_cast<T*>(e.bias), parts, e.c, stream);
-  return launch_add_partials<T>(static_cast<const Acc<T>*>(q.p.partial), static_cast<T*>(e.bias), parts, e.c,
-                                int64_t(1), int64_t(1), true, stream);
+  return launch_next<T>(q.p.partial, static_cast<T*>(e.bias), parts, e.c, stream);
 }
 
 }  // namespace

@@ -24,6 +24,9 @@ struct EpilogueGradient {
   double slope;
   const void *grad, *output;  // output: null where activation is none
   void *before, *bias;        // before: null where activation is none; bias [c]: null where it is not wanted
+  // Not 0: grad and output are [n, c, pixels], and before, also without an activation, is rows of this many bytes
+  // [n, pixels][channels, then zeros], each at a multiple of 16 bytes; elements of 2 or 4 bytes.
+  int64_t pitch;
 };
 int64_t epilogue_gradient_workspace(const EpilogueGradient& e);
 const char* launch_epilogue_gradient(const EpilogueGradient& e, void* workspace, void* stream);

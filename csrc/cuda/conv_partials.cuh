@@ -4,6 +4,7 @@
 #include "fold.h"
 
 namespace aeup {
+namespace {  // shared memory is a static variable in the emulator, whose two libraries must not have it in common
 
 // partial [splits][ci][taps][co / groups] -> result, in the weight's layout. A block adds kLanes elements, each by
 // 256 / kLanes threads.
@@ -47,6 +48,8 @@ const char* launch_add_partials(const Convolution& c, const void* partial, int64
   return launch_add_partials(static_cast<const Acc<T>*>(partial), static_cast<T*>(c.result), splits, c.ci * taps * co,
                              taps, co, c.weight_channels_last, stream);
 }
+}  // namespace
+
 inline int64_t partial_bytes(const Convolution& c) {
   return c.ci * (c.co / c.groups) * c.kh * c.kw * (c.dtype == DType::f64 ? 8 : 4);
 }

@@ -13,7 +13,8 @@ struct ConvolutionFamily {
   const char* (*refuses)(const Convolution& c, Pass pass, int major, int minor);
   int64_t (*workspace)(const Convolution& c, Pass pass);
   const char* (*launch)(const Convolution& c, Pass pass, void* workspace, void* stream);
-  // Where both gradients would bring grad into the same form: its bytes (0: they would not), and what makes it.
+  // Where the gradients bring grad into channels-last rows, with zeros up to whole 16 bytes: the bytes of them all (0:
+  // they take it as it is), and what makes them. From an NCHW grad the epilogue's gradient writes them at once.
   int64_t (*shared)(const Convolution& c) = nullptr;
   const char* (*share)(const Convolution& c, void* to, void* stream) = nullptr;
 };

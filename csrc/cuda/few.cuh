@@ -54,6 +54,23 @@ AEUP_DEV void split_product(float* c, const uint32_t* a, const uint32_t* a_rest,
 #pragma unroll
   for (int i = 0; i < 4; ++i) c[i] += sum[i];
 }
+// ldmatrix: the operand's four 8 x 8 matrices of 16-bit (8 x 4 of 32-bit) elements, whose rows of 16 bytes the lanes
+// name, matrix after matrix.
+AEUP_DEV void load_matrices(const void* row, uint32_t* words) {
+#ifdef AEUP_EMULATE
+  const int lane = threadIdx.x % 32;
+  if (reinterpret_cast<uintptr_t>(row) % 16) emu::fail("misaligned ldmatrix", row, 16);
+  for (int i = 0; i < 4; ++i)
+    words[i] = reinterpret_cast<const uint32_t*>(
+        __shfl_sync(~0u, reinterpret_cast<uintptr_t>(row), i * 8 + lane / 4))[lane % 4];
+#else
+  const unsigned from = static_cast<unsigned>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(from)
+               : "memory");
+#endif
+}
 // The bits of elements (each the low part of a word) put together in one word.
 template <class T>
 AEUP_DEV uint32_t join(uint32_t first, uint32_t second) {
@@ -74,42 +91,78 @@ AEUP_DEV uint32_t shared_bits(const T* p) {
     return __float_as_uint(*p);
 }
 
+// --- pieces of 16 bytes of a line ---
+// By cp.async: B = 4 or 16 bytes, or zeros.
+template <int B>
+AEUP_DEV void copy_or_zero(void* shared, const void* global, bool inside) {
+#ifdef AEUP_EMULATE
+  if (inside) return copy_async<B>(shared, global);
+  for (int i = 0; i < B / 4; ++i) static_cast<uint32_t*>(shared)[i] = 0;
+#else
+  const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  const int bytes = inside ? B : 0;
+  if constexpr (B == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(global), "n"(B), "r"(bytes) : "memory");
+#endif
+}
+// 16 bytes of a line that has `inside` elements left (zeros past them), where lines are aligned to 2, 4 or 8 bytes.
+template <class T>
+AEUP_DEV void load_narrow(const T* global, int inside, int alignment, uint32_t* words) {
+  constexpr int kEach = 4 / int(sizeof(T));
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+    uint32_t e[2] = {0, 0};
+    if (sizeof(T) == 4 || alignment >= 4) {
+      if (w * kEach < inside)
+        load_words<4>(global + w * kEach, &words[w]);
+      else
+        words[w] = 0;
+    } else {
+#pragma unroll
+      for (int k = 0; k < kEach; ++k)
+        if (w * kEach + k < inside) e[k] = bits_at(global + w * kEach + k);
+      words[w] = join<T>(e[0], e[1]);
+    }
+  }
+}
+template <class T>
+AEUP_DEV void copy_narrow(void* shared, const T* global, int inside, int alignment) {
+  constexpr int kEach = 4 / int(sizeof(T));
+  uint32_t* const to = static_cast<uint32_t*>(shared);
+  if (sizeof(T) == 4 || alignment >= 4) {
+#pragma unroll
+    for (int w = 0; w < 4; ++w) copy_or_zero<4>(to + w, global + w * kEach, w * kEach < inside);
+  } else {
+    uint32_t words[4];
+    load_narrow(global, inside, alignment, words);
+#pragma unroll
+    for (int w = 0; w < 4; ++w) to[w] = words[w];
+  }
+}
+// The first `inside` of 16 bytes of elements, to such a line.
+template <class T>
+AEUP_DEV void store_narrow(T* to, const float* v, int inside, int alignment) {
+  constexpr int kV = 16 / int(sizeof(T)), kEach = 4 / int(sizeof(T));
+  if (sizeof(T) == 4 || alignment >= 4) {
+    Raw<T, kV> raw;
+    raw.pack(v);
+#pragma unroll
+    for (int w = 0; w < 4; ++w)
+      if (w * kEach < inside) store_words<4>(to + w * kEach, raw.w + w);
+  } else {
+#pragma unroll
+    for (int k = 0; k < kV; ++k)
+      if (k < inside) store_one(to + k, v[k]);
+  }
+}
+
 // --- the window ---
 // Stride 2 and at most 4 taps: o = 2 i - 1 + k with k = kernel index + shift in 0 .. 3 (shift = 1 - padding).
 struct Window {
   int shift_h, shift_w, kh, kw;
 };
 inline Window window_of(const Convolution& c) { return {1 - c.ph, 1 - c.pw, c.kh, c.kw}; }
-
-// The bits of weight [ci, co] at tap (th, tw) of the window; 0 outside of the kernel.
-template <class T>
-AEUP_DEV uint32_t window_weight(const T* w, const WeightStrides& s, const Window& v, int ci, int co, int th, int tw) {
-  const int kh = th - v.shift_h, kw = tw - v.shift_w;
-  if (kh < 0 || kh >= v.kh || kw < 0 || kw >= v.kw) return 0;
-  return bits_at(w + ci * s.ci + co * s.co + kh * s.h + kw * s.w);
-}
-
-// The block fills tile [rows][columns][co] (row_elements from row to row) with the output's gradient of one image from
-// row y0 and column x0; zero outside of it.
-template <class T, int kCO, bool kLast, int kWarps>
-AEUP_DEV void load_gradient_tile(const T* grad, const Strides& s, int oh, int ow, int y0, int x0, int rows, int columns,
-                                 int row_elements, T* tile) {
-  const int lane = threadIdx.x % 32, lines = kLast ? rows : rows * kCO, length = kLast ? columns * kCO : columns;
-  const int low = kLast ? x0 * kCO : x0, high = kLast ? ow * kCO : ow;
-  for (int l = threadIdx.x / 32; l < lines; l += kWarps) {
-    const int row = kLast ? l : l / kCO, co = kLast ? 0 : l % kCO, y = y0 + row;
-    const T* const from = grad + y * s.h + co * s.c + low;
-    T* const to = tile + row * row_elements + co;
-    const bool inside = y >= 0 && y < oh;
-#pragma unroll 4
-    for (int e = lane; e < length; e += 32) {
-      const uint32_t bits = inside && low + e >= 0 && low + e < high ? bits_at(from + e) : 0u;
-      if constexpr (sizeof(T) == 2)
-        to[kLast ? e : e * kCO].bits = uint16_t(bits);
-      else
-        to[kLast ? e : e * kCO] = __uint_as_float(bits);
-    }
-  }
-}
 
 }  // namespace aeup

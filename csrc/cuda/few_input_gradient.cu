@@ -24,7 +24,9 @@ struct FewGradient {
   int segments, column_tiles, row_tiles;  // a tile: kTileRows x 32 * segments pixels
   int64_t tiles;
   int groups;  // of channels: 64 bytes channels-last, 16 channels NCHW
-  bool wide;
+  int pieces;  // of 16 bytes that touch a line of the tile
+  Divider by_pieces;
+  int grad_alignment, alignment;  // bytes, of every line of the gradient and of the result
 };
 
 template <class T, int kCO, bool kLast, bool kSplit>
@@ -36,6 +38,7 @@ struct GradientShape {
   static constexpr int kParts = kSplit ? 2 : 1;
   static constexpr int kLaneWords = kLast ? kN * 2 : 4;  // weights of a lane per group and step
   static constexpr int kBlocks = sizeof(T) == 2 ? 4 : 2;
+  static constexpr int kElement = kLast ? kCO : 1, kLines = kLast ? 1 : kCO;  // of a column in a line; lines of a row
   // Words of a row of the staged tile, and of all weights.
   AEUP_HD static int row_words(int segments) { return (64 * segments + 2) * kCO / kEach; }
   AEUP_HD static int weight_words(int groups) { return groups * kSteps * kParts * 32 * kLaneWords; }
@@ -53,30 +56,93 @@ __global__ void __launch_bounds__(kThreads, GradientShape<T, kCO, kLast, kSplit>
   const int row_words = Q::row_words(p.segments), width = 32 * p.segments;
 
   // Word w of a patch is word w % kR of its row w / kR; step s, half r, lane q takes w = 8 s + 4 r + q.
-  const auto weight_word = [&](int ci, int w) {
-    uint32_t e[2] = {0, 0};
+  constexpr int kProducts = kLast ? Q::kN : 1, kWords = kLast ? 2 : 4, kBatch = 4;
+  int taps[kSteps][2][kEach];  // offsets in the weight; -1: outside of the kernel
 #pragma unroll
-    for (int k = 0; k < kEach; ++k) {
-      const int at = w % kR * kEach + k;
-      if (ci < p.ci) e[k] = window_weight(p.weight, p.strides, p.window, ci, at % kCO, w / kR, at / kCO);
-    }
-    return join<T>(e[0], e[1]);
-  };
-  constexpr int kProducts = kLast ? Q::kN : 1, kWords = kLast ? 2 : 4;
-  for (int f = tid; f < p.groups * kSteps * kProducts * 32; f += kThreads) {
-    const int of = f % 32, u = f / 32 % kProducts, step = f / 32 / kProducts % kSteps,
-              group = f / 32 / kProducts / kSteps;
-    uint32_t* const to = weights + (((group * kSteps + step) * kParts * kProducts + u) * 32 + of) * kWords;
+  for (int step = 0; step < kSteps; ++step)
 #pragma unroll
-    for (int i = 0; i < kWords; ++i) {
-      const int n = of / 4, r = kLast ? i : i / 2;
-      const int ci = group * Q::kGroup + (kLast ? n / 2 * kV + u * 2 + n % 2 : n + i % 2 * 8);
-      uint32_t high, low = 0;
-      make_operand<T, kSplit>(weight_word(ci, 8 * step + 4 * r + of % 4), &high, &low);
-      to[i] = high;
-      if constexpr (kSplit) to[kProducts * 32 * kWords + i] = low;
-    }
+    for (int r = 0; r < 2; ++r)
+#pragma unroll
+      for (int k = 0; k < kEach; ++k) {
+        const int w = 8 * step + 4 * r + q, at = w % kR * kEach + k;
+        const int kh = w / kR - p.window.shift_h, kw = at / kCO - p.window.shift_w;
+        const bool inside = unsigned(kh) < unsigned(p.window.kh) && unsigned(kw) < unsigned(p.window.kw);
+        taps[step][r][k] = inside ? int(at % kCO * p.strides.co + kh * p.strides.h + kw * p.strides.w) : -1;
+      }
+#pragma unroll 1
+  for (int f = warp; f < p.groups * kProducts; f += kWarps) {
+    const int u = f % kProducts, group = f / kProducts;
+    uint32_t bits[kSteps][kWords][kEach];
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step)
+#pragma unroll
+      for (int i = 0; i < kWords; ++i)
+#pragma unroll
+        for (int k = 0; k < kEach; ++k) {
+          const int ci = group * Q::kGroup + (kLast ? g / 2 * kV + u * 2 + g % 2 : g + i % 2 * 8);
+          const int tap = taps[step][kLast ? i : i / 2][k];
+          const bool inside = tap >= 0 && ci < p.ci;
+          const uint32_t one = bits_at(p.weight + (inside ? ci * int(p.strides.ci) + tap : 0));
+          bits[step][i][k] = inside ? one : 0u;
+        }
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step)
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) {
+        uint32_t* const to = weights + (((group * kSteps + step) * kParts * kProducts + u) * 32 + lane) * kWords + i;
+        uint32_t high, low;
+        make_operand<T, kSplit>(join<T>(bits[step][i][0], bits[step][i][kEach - 1]), &high, &low);
+        to[0] = high;
+        if constexpr (kSplit) to[kProducts * 32 * kWords] = low;
+      }
   }
+
+  // Fills the tile, [row][column][co], with the gradient from row y0 and column x0; zero outside of it.
+  const auto load_tile = [&](const T* grad, int y0, int x0) {
+    const int low = x0 * Q::kElement, high = p.ow * Q::kElement, length = (2 * width + 2) * Q::kElement;
+    const int tasks = (2 * kTileRows + 2) * Q::kLines * p.pieces, piece0 = low >= 0 ? low / kV : -1;
+    const auto load = [&](int task, auto bring) {
+      const int line = p.by_pieces.divide(task), y = y0 + line / Q::kLines;
+      const int e = (piece0 + task - line * p.pieces) * kV;
+      const bool inside = task < tasks && y >= 0 && y < p.oh && e >= 0;
+      bring(grad + y * p.from.h + line % Q::kLines * p.from.c + e, inside ? high - e : 0);
+    };
+    const auto put = [&](int task, const uint32_t* words) {
+      const int line = p.by_pieces.divide(task), e = (piece0 + task - line * p.pieces) * kV - low;
+      if (task >= tasks) return;
+      T* const to = reinterpret_cast<T*>(tile) + line / Q::kLines * (row_words * kEach) + line % Q::kLines;
+#pragma unroll
+      for (int k = 0; k < kV; ++k)
+        if (e + k >= 0 && e + k < length) {
+          T& element = to[(e + k) * (kCO / Q::kElement)];
+          if constexpr (sizeof(T) == 2)
+            element.bits = uint16_t(words[k / 2] >> 16 * (k % 2));
+          else
+            element = __uint_as_float(words[k]);
+        }
+    };
+    if (p.grad_alignment == 16) {
+#pragma unroll 1
+      for (int task = tid; task < tasks; task += kBatch * kThreads) {
+        uint32_t words[kBatch][4];
+#pragma unroll
+        for (int k = 0; k < kBatch; ++k)
+          load(task + k * kThreads, [&](const T* from, int inside) {
+            words[k][0] = words[k][1] = words[k][2] = words[k][3] = 0;
+            if (inside > 0) load_words<16>(from, words[k]);
+          });
+#pragma unroll
+        for (int k = 0; k < kBatch; ++k) put(task + k * kThreads, words[k]);
+      }
+    } else {
+#pragma unroll 1
+      for (int task = tid; task < tasks; task += kThreads) {
+        uint32_t words[4];
+        load(task, [&](const T* from, int inside) { load_narrow(from, inside, p.grad_alignment, words); });
+        put(task, words);
+      }
+    }
+  };
 
   for (int64_t index = blockIdx.x; index < p.tiles; index += gridDim.x) {
     Split at = split(index, p.column_tiles);
@@ -85,9 +151,7 @@ __global__ void __launch_bounds__(kThreads, GradientShape<T, kCO, kLast, kSplit>
     const int i0 = int(at.remainder) * kTileRows;
     const int64_t image = at.quotient;
     __syncthreads();  // the last tile has been read
-    load_gradient_tile<T, kCO, kLast, kWarps>(p.grad + image * p.from.n, p.from, p.oh, p.ow, 2 * i0 - 1, 2 * j0 - 1,
-                                              2 * kTileRows + 2, 2 * width + 2, row_words * kEach,
-                                              reinterpret_cast<T*>(tile));
+    load_tile(p.grad + image * p.from.n, 2 * i0 - 1, 2 * j0 - 1);
     __syncthreads();
 
     for (int unit = warp; unit < kTileRows * p.segments; unit += kWarps) {
@@ -131,15 +195,13 @@ __global__ void __launch_bounds__(kThreads, GradientShape<T, kCO, kLast, kSplit>
 #pragma unroll
               for (int u = 0; u < Q::kN; ++u) v[2 * u] = acc[u][2 * r], v[2 * u + 1] = acc[u][2 * r + 1];
               T* const to = result + pixel * p.to.w + channel;
-              if (p.wide) {
-                if (channel >= p.ci) continue;
+              if (channel >= p.ci) continue;
+              if (p.alignment == 16) {
                 Raw<T, kV> raw;
                 raw.pack(v);
                 raw.store(to);
               } else {
-#pragma unroll
-                for (int k = 0; k < kV; ++k)
-                  if (channel + k < p.ci) store_one(to + k, v[k]);
+                store_narrow(to, v, p.ci - channel, p.alignment);
               }
             }
           }
@@ -180,18 +242,16 @@ __global__ void __launch_bounds__(kThreads, GradientShape<T, kCO, kLast, kSplit>
             for (int k = 0; k < 8; ++k) v[k] = acc[k % 4][2 * r + k / 4];
             T* const to = result + channel * p.to.c + pixel;
             const int left = p.iw - (j0 + lj + pixel);
-            if (p.wide) {
 #pragma unroll
-              for (int k = 0; k < 8; k += kV)
-                if (k < left) {
-                  Raw<T, kV> raw;
-                  raw.pack(v + k);
-                  raw.store(to + k);
-                }
-            } else {
-#pragma unroll
-              for (int k = 0; k < 8; ++k)
-                if (k < left) store_one(to + k, v[k]);
+            for (int k = 0; k < 8; k += kV) {
+              if (k >= left) continue;
+              if (p.alignment == 16) {
+                Raw<T, kV> raw;
+                raw.pack(v + k);
+                raw.store(to + k);
+              } else {
+                store_narrow(to + k, v + k, left - k, p.alignment);
+              }
             }
           }
         }
@@ -221,6 +281,8 @@ const char* with_channels(FewGradient<T>& p, int64_t co, void* stream) {
   }
 }
 
+int segments_of(const Convolution& c) { return c.iw <= 32 ? 1 : 2; }
+
 template <class T>
 const char* run(const Convolution& c, void* stream) {
   FewGradient<T> p{};
@@ -229,10 +291,15 @@ const char* run(const Convolution& c, void* stream) {
   p.ci = int(c.ci), p.ih = int(c.ih), p.iw = int(c.iw), p.oh = int(c.oh), p.ow = int(c.ow);
   p.from = strides_of(c.co, c.oh, c.ow, c.channels_last), p.to = strides_of(c.ci, c.ih, c.iw, c.channels_last);
   p.strides = weight_strides(c), p.window = window_of(c);
-  p.segments = c.iw <= 32 ? 1 : c.iw <= 64 ? 2 : 4;
+  p.segments = segments_of(c);
   p.column_tiles = int(ceil_div(c.iw, 32 * p.segments)), p.row_tiles = int(ceil_div(c.ih, kTileRows));
   p.tiles = c.n * p.row_tiles * p.column_tiles;
-  p.wide = alignment_of(c.result, (c.channels_last ? c.ci : c.iw) * int64_t(sizeof(T))) == 16;
+  // A line of a tile begins at the last column of the one before, or at -1.
+  const int element = c.channels_last ? int(c.co) : 1, piece = 16 / int(sizeof(T));
+  p.pieces = ((64 * p.segments + 1) * element - 1) / piece + 2;
+  p.by_pieces = Divider(p.pieces);
+  p.grad_alignment = alignment_of(c.grad, element * c.ow * int64_t(sizeof(T)));
+  p.alignment = alignment_of(c.result, (c.channels_last ? c.ci : c.iw) * int64_t(sizeof(T)));
   if constexpr (std::is_same_v<T, float>) {
     if (!c.tf32)
       return c.channels_last ? with_channels<T, true, true>(p, c.co, stream)
@@ -247,7 +314,7 @@ const char* run(const Convolution& c, void* stream) {
 int64_t few_input_gradient_shared(const Convolution& c) {
   const int64_t split = c.dtype == DType::f32 && !c.tf32 ? 2 : 1, size = element_size(c.dtype);
   const int64_t weights = ceil_div(c.ci, 32) * 32 * 16 * c.co * split * size;
-  return weights + (2 * kTileRows + 2) * (64 * (c.iw <= 32 ? 1 : c.iw <= 64 ? 2 : 4) + 2) * c.co * size;
+  return weights + (2 * kTileRows + 2) * (64 * segments_of(c) + 2) * c.co * size;
 }
 
 const char* launch_few_input_gradient(const Convolution& c, void* stream) {

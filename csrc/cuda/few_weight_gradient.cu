@@ -1,9 +1,10 @@
 // Weight gradient for 1 to 4 output channels, stride 2 and a window of 4 taps: bound by the one read of the input.
 //
-// It is a product input channels x (tap, co) whose reduction runs over pixels. A block keeps the output's gradient of a
-// tile in shared memory as [row][column][co]; a warp takes 32 adjacent pixels of 128 bytes of channels at a time, which
-// cp.async brings into slots of the thread that multiplies them (the order of pixels within a product is free), and
-// keeps its sums in registers from tile to tile. Sums of warps, then of blocks, are added in a fixed order.
+// It is a product input channels x (tap, co) whose reduction runs over pixels. A block takes tiles of 4 x 32 pixels of
+// 128 bytes of channels, a row per warp, and keeps its sums in registers from tile to tile. cp.async brings tiles in a
+// ring: the input into slots of the thread that multiplies it (the order of pixels within a product is free), the
+// output's gradient as its lines lie in memory, from which a thread picks the taps of its pixels. Sums of warps, then
+// of blocks, are added in a fixed order.
 #include "conv_partials.cuh"
 #include "few.cuh"
 #include "few.h"
@@ -11,8 +12,8 @@
 namespace aeup {
 namespace {
 
-constexpr int kThreads = 128, kWarps = 4, kTileRows = 8, kDepth = 3, kSlot = 4096;  // kSlot: bytes of a warp's unit
-constexpr int kUnitPixels = 32;
+constexpr int kThreads = 128, kWarps = 4, kStages = 3, kTileRows = kWarps, kTileColumns = 32;
+constexpr int kGradRows = 2 * kTileRows + 2, kSlot = 4096;  // kSlot: bytes of a warp's row of the input
 
 template <class T>
 struct FewWeight {
@@ -21,88 +22,109 @@ struct FewWeight {
   int ci, ih, iw, oh, ow;
   Strides from, to;  // of input, of grad
   Window window;
-  int segments, column_tiles, row_tiles;  // a tile: kTileRows x 32 * segments pixels
+  int column_tiles, row_tiles, groups;
   int64_t tiles, splits;
-  int sets, side;  // sets of channel groups, one per block; groups of a set: kWarps / side warps share one
-  bool wide;
-};
-
-template <class T, int kCO>
-struct WeightShape {
-  static constexpr int kEach = 4 / int(sizeof(T)), kV = 16 / int(sizeof(T));
-  static constexpr int kGroup = 128 / int(sizeof(T));       // channels of a unit
-  static constexpr int kM = kGroup / 16, kN = 2 * kCO;      // products of 16 channels x 8 columns
-  static constexpr int kSteps = kUnitPixels / (8 * kEach);  // products along the pixels of a unit
-  AEUP_HD static int row_elements(int segments) { return (64 * segments + 2) * kCO; }
+  int64_t step_images;  // from one of a block's tiles to its next, `splits` tiles on
+  int step_rows, step_columns;
+  int input_alignment, grad_alignment;  // bytes, of every line
 };
 
 template <class T, int kCO, bool kLast, bool kSplit>
-__global__ void __launch_bounds__(kThreads, 2) few_weight_gradient(FewWeight<T> p) {
-  using Q = WeightShape<T, kCO>;
-  constexpr int kEach = Q::kEach, kV = Q::kV, kM = Q::kM, kN = Q::kN;
+struct WeightShape {
+  static constexpr int kEach = 4 / int(sizeof(T)), kV = 16 / int(sizeof(T));
+  static constexpr int kGroup = 128 / int(sizeof(T));        // channels of a block
+  static constexpr int kM = kGroup / 16, kN = 2 * kCO;       // products of 16 channels x 8 columns
+  static constexpr int kSteps = kTileColumns / (8 * kEach);  // products along the pixels of a row
+  // A line of the gradient's tile (of all co, NCHW: of one) begins and ends with a piece for the neighbours' columns.
+  static constexpr int kColumn = kLast ? kCO : 1, kLines = kLast ? 1 : kCO;
+  static constexpr int kLine = 2 * kTileColumns * kColumn + 2 * kV, kRow = kLine * kLines;
+  static constexpr int kTile = kGradRows * kRow;
+  static constexpr int kStage = kWarps * kSlot + kTile * int(sizeof(T));
+  static constexpr int kSums = kWarps * kM * kN * 32 * 16;
+  static constexpr int kShared = kStages * kStage > kSums ? kStages * kStage : kSums;
+  static constexpr bool kMany = kM * kN >= 32 || (kSplit && kCO > 3);  // registers
+  static constexpr int kBlocks = kMany || kShared > (74 << 10) ? 2 : 3;
+};
+
+template <class T, int kCO, bool kLast, bool kSplit>
+__global__ void __launch_bounds__(kThreads, WeightShape<T, kCO, kLast, kSplit>::kBlocks)
+    few_weight_gradient(FewWeight<T> p) {
+  using Q = WeightShape<T, kCO, kLast, kSplit>;
+  constexpr int kEach = Q::kEach, kV = Q::kV, kM = Q::kM, kN = Q::kN, kUnroll = kSplit ? 1 : Q::kSteps;
   AEUP_DYNAMIC_SHARED(unsigned char, shared);
   const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, g = lane / 4, q = lane % 4;
-  unsigned char* const ring = shared + warp * (kDepth * kSlot);
-  T* const tile = reinterpret_cast<T*>(shared + kWarps * kDepth * kSlot);
-  const int row_elements = Q::row_elements(p.segments), width = 32 * p.segments;
-  const int sharers = kWarps / p.side, first_unit = warp / p.side, units = kTileRows * p.segments;
-  const int group = int(blockIdx.x) % p.sets * p.side + warp % p.side;
-  const int64_t split_index = int64_t(blockIdx.x) / p.sets;
+  const Split block = split(blockIdx.x, p.groups);
+  const int first_channel = int(block.remainder) * Q::kGroup;
 
-  // Pixel of the unit and channel of the group that this thread holds as element e of word r, and as row m, hi.
-  const auto pixel_of = [&](int step, int r, int e) {
-    if (kLast) return sizeof(T) == 2 ? step * 16 + q * 4 + r * 2 + e : step * 8 + q * 2 + r;
-    return sizeof(T) == 2 ? q * 8 + step * 4 + r * 2 + e : step / 2 * 16 + q * 4 + step % 2 * 2 + r;
+  // Pixel of the row that element e of word r is, past the thread's first; channel of the group that is row m, hi.
+  constexpr int kLanePixels = kLast ? 2 * kEach : kV;  // from one thread's first pixel to the next one's
+  const auto pixel_of = [](int step, int r, int e) {
+    if (kLast) return step * 8 * kEach + r * kEach + e;
+    return sizeof(T) == 2 ? step * 4 + r * 2 + e : step / 2 * 16 + step % 2 * 2 + r;
   };
-  const auto channel_of = [&](int m, int hi) {
-    return group * Q::kGroup + (kLast ? g * kV + 2 * m + hi : m * 16 + hi * 8 + g);
-  };
+  const auto channel_of = [](int row, int m, int hi) { return kLast ? row * kV + 2 * m + hi : m * 16 + hi * 8 + row; };
 
-  int64_t fetch_tile = split_index;
-  int fetch_unit = first_unit, fetch_slot = 0;
+  Split at = split(block.quotient, p.column_tiles);
+  int column = int(at.remainder), stage = 0;
+  at = split(at.quotient, p.row_tiles);
+  int row_tile = int(at.remainder);
+  int64_t image = at.quotient, to_fetch = (p.tiles - block.quotient + p.splits - 1) / p.splits, to_do = to_fetch;
   const auto fetch = [&] {
-    Split at = split(fetch_tile, p.column_tiles);
-    const int j = int(at.remainder) * width + fetch_unit % p.segments * kUnitPixels;
-    at = split(at.quotient, p.row_tiles);
-    const int i = int(at.remainder) * kTileRows + fetch_unit / p.segments;
-    const bool row = fetch_tile < p.tiles && i < p.ih;
-    const T* const base = p.input + at.quotient * p.from.n + i * p.from.h + j * p.from.w;
-#pragma unroll
-    for (int k = 0; k < 8; ++k) {
-      int x, c;
-      if (kLast) {
-        x = sizeof(T) == 2 ? pixel_of(k / 4, k / 2 % 2, k % 2) : pixel_of(k / 2, k % 2, 0);
-        c = channel_of(0, 0);
-      } else {
-        x = sizeof(T) == 2 ? q * 8 : k / 4 * 16 + q * 4;
-        c = sizeof(T) == 2 ? channel_of(k / 2, k % 2) : channel_of(k / 2 % 2, k % 2);
-      }
-      uint32_t* const to = reinterpret_cast<uint32_t*>(ring + fetch_slot * kSlot + (k * 32 + lane) * 16);
-      const T* const piece = base + x * p.from.w + c * p.from.c;
-      if (row && j + x < p.iw && c < p.ci) {
-        if (p.wide) {
-          copy_async<16>(to, piece);
+    if (to_fetch-- > 0) {
+      const int i0 = row_tile * kTileRows, j0 = column * kTileColumns, i = i0 + warp;
+      unsigned char* const slot = shared + stage * Q::kStage + warp * kSlot + lane * 16;
+      const T* const base = p.input + image * p.from.n + i * p.from.h + j0 * p.from.w + first_channel * p.from.c;
+      const auto piece = [&](int k, auto copy) {
+        int x, c;
+        if (kLast) {
+          x = q * kLanePixels + (sizeof(T) == 2 ? pixel_of(k / 4, k / 2 % 2, k % 2) : pixel_of(k / 2, k % 2, 0));
+          c = g * kV;
         } else {
-          uint32_t e[kV];
-#pragma unroll
-          for (int v = 0; v < kV; ++v)
-            e[v] =
-                (kLast ? c + v < p.ci : j + x + v < p.iw) ? bits_at(piece + (kLast ? v * p.from.c : v * p.from.w)) : 0u;
-#pragma unroll
-          for (int v = 0; v < 4; ++v) to[v] = sizeof(T) == 4 ? e[v % kV] : join<T>(e[2 * v % kV], e[(2 * v + 1) % kV]);
+          x = q * kLanePixels + (sizeof(T) == 2 ? 0 : k / 4 * 16);
+          c = sizeof(T) == 2 ? k * 8 + g : k % 4 * 8 + g;
         }
-      } else {
+        const int channels = p.ci - first_channel - c, pixels = i < p.ih ? p.iw - j0 - x : 0;
+        copy(slot + k * 512, base + x * p.from.w + c * p.from.c,
+             kLast ? (pixels > 0 ? channels : 0) : (channels > 0 ? pixels : 0));
+      };
+      if (p.input_alignment == 16) {
 #pragma unroll
-        for (int v = 0; v < 4; ++v) to[v] = 0;
+        for (int k = 0; k < 8; ++k)
+          piece(k, [](void* to, const T* from, int inside) { copy_or_zero<16>(to, from, inside > 0); });
+      } else {
+#pragma unroll 1
+        for (int k = 0; k < 8; ++k)
+          piece(k, [&](void* to, const T* from, int inside) { copy_narrow(to, from, inside, p.input_alignment); });
       }
+      const T* const grad = p.grad + image * p.to.n;
+      T* const tile = reinterpret_cast<T*>(shared + stage * Q::kStage + kWarps * kSlot);
+      constexpr int kPieces = Q::kLine / kV;
+#pragma unroll 1
+      for (int f = tid; f < kGradRows * Q::kLines * kPieces; f += kThreads) {
+        const int line = f / kPieces, row = line / Q::kLines, y = 2 * i0 - 1 + row;
+        const int e = 2 * j0 * Q::kColumn + (f % kPieces - 1) * kV;
+        const T* const from = grad + y * p.to.h + line % Q::kLines * p.to.c + e;
+        const int inside = y >= 0 && y < p.oh && e >= 0 ? p.ow * Q::kColumn - e : 0;
+        if (p.grad_alignment == 16)
+          copy_or_zero<16>(tile + f * kV, from, inside > 0);
+        else
+          copy_narrow(tile + f * kV, from, inside, p.grad_alignment);
+      }
+      image += p.step_images, row_tile += p.step_rows, column += p.step_columns;
+      if (column >= p.column_tiles) column -= p.column_tiles, ++row_tile;
+      if (row_tile >= p.row_tiles) row_tile -= p.row_tiles, ++image;
     }
     copy_commit();
-    if (++fetch_slot == kDepth) fetch_slot = 0;
-    if ((fetch_unit += sharers) >= units) fetch_unit = first_unit, fetch_tile += p.splits;
+    stage = stage + 1 == kStages ? 0 : stage + 1;
   };
-#pragma unroll 1
-  for (int k = 0; k < kDepth; ++k) fetch();
 
+  int taps[kN];  // where in a patch, from the thread's first pixel
+#pragma unroll
+  for (int u = 0; u < kN; ++u) {
+    const int n = u * 8 + g, th = n / (4 * kCO), tw = n / kCO % 4, co = n % kCO;
+    taps[u] =
+        (2 * warp + th) * Q::kRow + kV + (2 * q * kLanePixels + tw - 1) * Q::kColumn + co * (kLast ? 1 : Q::kLine);
+  }
   float acc[kM][kN][4];
 #pragma unroll
   for (int m = 0; m < kM; ++m)
@@ -110,136 +132,153 @@ __global__ void __launch_bounds__(kThreads, 2) few_weight_gradient(FewWeight<T> 
     for (int u = 0; u < kN; ++u)
 #pragma unroll
       for (int k = 0; k < 4; ++k) acc[m][u][k] = 0.f;
-  int slot = 0;
-  for (int64_t index = split_index; index < p.tiles; index += p.splits) {
-    Split at = split(index, p.column_tiles);
-    const int j0 = int(at.remainder) * width;
-    at = split(at.quotient, p.row_tiles);
-    const int i0 = int(at.remainder) * kTileRows;
-    __syncthreads();  // the last tile has been read
-    load_gradient_tile<T, kCO, kLast, kWarps>(p.grad + at.quotient * p.to.n, p.to, p.oh, p.ow, 2 * i0 - 1, 2 * j0 - 1,
-                                              2 * kTileRows + 2, 2 * width + 2, row_elements, tile);
-    __syncthreads();
 #pragma unroll 1
-    for (int unit = first_unit; unit < units; unit += sharers) {
-      copy_wait<kDepth - 1>();
-      const int li = unit / p.segments, lj = unit % p.segments * kUnitPixels;
-      if (i0 + li < p.ih && j0 + lj < p.iw) {
-        const unsigned char* const mine = ring + slot * kSlot + lane * 16;
-        const T* const patch = tile + 2 * li * row_elements + 2 * lj * kCO;
+  for (int ahead = kStages - 1; to_do > 0;) {
+    if (ahead == 0) {
+      copy_wait<kStages - 2>();
+      __syncthreads();  // this tile is there, and the one before has been read
+    }
+    fetch();
+    if (ahead > 0) {
+      --ahead;
+      continue;
+    }
+    --to_do;
+    const unsigned char* const mine = shared + stage * Q::kStage + warp * kSlot + lane * 16;
+    const T* const tile = reinterpret_cast<const T*>(shared + stage * Q::kStage + kWarps * kSlot);
+#pragma unroll(kUnroll)
+    for (int step = 0; step < Q::kSteps; ++step) {
+      uint32_t words[kM][4];  // row hi of m in word 2 r + hi, as products take them
+      if constexpr (kLast) {
+        constexpr int kPieces = 8 / Q::kSteps;
+        uint4 pieces[kPieces];
 #pragma unroll
-        for (int step = 0; step < Q::kSteps; ++step) {
-          uint32_t words[kM][4];  // row hi of m in word 2 r + hi, as products take them
-          if constexpr (kLast) {
-            constexpr int kPieces = 8 / Q::kSteps;
-            uint4 pieces[kPieces];
+        for (int k = 0; k < kPieces; ++k)
+          pieces[k] = *reinterpret_cast<const uint4*>(mine + (step * kPieces + k) * 512);
+        const auto word = [&](int k, int w) {
+          return w == 0 ? pieces[k].x : w == 1 ? pieces[k].y : w == 2 ? pieces[k].z : pieces[k].w;
+        };
 #pragma unroll
-            for (int k = 0; k < kPieces; ++k)
-              pieces[k] = *reinterpret_cast<const uint4*>(mine + (step * kPieces + k) * 512);
-            const auto word = [&](int k, int w) {
-              return w == 0 ? pieces[k].x : w == 1 ? pieces[k].y : w == 2 ? pieces[k].z : pieces[k].w;
-            };
+        for (int m = 0; m < kM; ++m)
 #pragma unroll
-            for (int m = 0; m < kM; ++m)
+          for (int r = 0; r < 2; ++r)
 #pragma unroll
-              for (int r = 0; r < 2; ++r)
+            for (int hi = 0; hi < 2; ++hi)
+              words[m][2 * r + hi] = sizeof(T) == 4 ? word(r, (2 * m + hi) % 4)
+                                                    : join<T>(word(2 * r % kPieces, m) >> 16 * hi,
+                                                              word((2 * r + 1) % kPieces, m) >> 16 * hi);
+      } else {
 #pragma unroll
-                for (int hi = 0; hi < 2; ++hi)
-                  words[m][2 * r + hi] = sizeof(T) == 4 ? word(r, (2 * m + hi) % 4)
-                                                        : join<T>(word(2 * r % kPieces, m) >> 16 * hi,
-                                                                  word((2 * r + 1) % kPieces, m) >> 16 * hi);
+        for (int m = 0; m < kM; ++m)
+#pragma unroll
+          for (int hi = 0; hi < 2; ++hi) {
+            const int k = sizeof(T) == 2 ? m * 2 + hi : step / 2 * 4 + m * 2 + hi;
+            const uint2 two = *reinterpret_cast<const uint2*>(mine + k * 512 + step % 2 * 8);
+            words[m][hi] = two.x, words[m][2 + hi] = two.y;
+          }
+      }
+      uint32_t b[kN][2], rest[kN][2];
+#pragma unroll
+      for (int u = 0; u < kN; ++u)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const T* const one = tile + taps[u] + 2 * pixel_of(step, r, 0) * Q::kColumn;
+          const T* const two = tile + taps[u] + 2 * pixel_of(step, r, kEach - 1) * Q::kColumn;
+          make_operand<T, kSplit>(join<T>(shared_bits(one), shared_bits(two)), &b[u][r], &rest[u][r]);
+        }
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+        uint32_t a[4], d[4];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) make_operand<T, kSplit>(words[m][k], a + k, d + k);
+#pragma unroll
+        for (int u = 0; u < kN; ++u) {
+          if constexpr (kSplit) {
+            split_product<T>(acc[m][u], a, d, b[u][0], b[u][1], rest[u][0], rest[u][1]);
           } else {
-#pragma unroll
-            for (int m = 0; m < kM; ++m)
-#pragma unroll
-              for (int hi = 0; hi < 2; ++hi) {
-                const int k = sizeof(T) == 2 ? m * 2 + hi : step / 2 * 4 + m * 2 + hi;
-                const uint2 two = *reinterpret_cast<const uint2*>(mine + k * 512 + step % 2 * 8);
-                words[m][hi] = two.x, words[m][2 + hi] = two.y;
-              }
-          }
-          uint32_t b[kN][2], rest[kN][2];
-#pragma unroll
-          for (int r = 0; r < 2; ++r) {
-            const T* const one = patch + 2 * pixel_of(step, r, 0) * kCO;
-            const T* const two = patch + 2 * pixel_of(step, r, kEach - 1) * kCO;
-#pragma unroll
-            for (int u = 0; u < kN; ++u) {
-              const int n = u * 8 + g, from = n / (4 * kCO) * row_elements + n % (4 * kCO);
-              make_operand<T, kSplit>(join<T>(shared_bits(one + from), shared_bits(two + from)), &b[u][r], &rest[u][r]);
-            }
-          }
-#pragma unroll
-          for (int m = 0; m < kM; ++m) {
-            uint32_t a[4], d[4];
-#pragma unroll
-            for (int k = 0; k < 4; ++k) make_operand<T, kSplit>(words[m][k], a + k, d + k);
-#pragma unroll
-            for (int u = 0; u < kN; ++u) {
-              if constexpr (kSplit) {
-                split_product<T>(acc[m][u], a, d, b[u][0], b[u][1], rest[u][0], rest[u][1]);
-              } else {
-                matrix_product<T>(acc[m][u], a, b[u][0], b[u][1]);
-              }
-            }
+            matrix_product<T>(acc[m][u], a, b[u][0], b[u][1]);
           }
         }
       }
-      fetch();
-      if (++slot == kDepth) slot = 0;
     }
   }
-  copy_wait<0>();
 
-  // The warps of a group: the first adds the others' sums in their order.
-  float* const sums = reinterpret_cast<float*>(shared);  // [warp][product column][4][lane]
+  // Sums of warps. A short loop: code that runs once costs more than what it computes.
+  copy_wait<0>();
+  __syncthreads();
+  uint4* const sums = reinterpret_cast<uint4*>(shared);  // [warp][m][u][lane]
 #pragma unroll
-  for (int m = 0; m < kM; ++m) {
-    __syncthreads();
-#pragma unroll
-    for (int u = 0; u < kN; ++u)
-#pragma unroll
-      for (int k = 0; k < 4; ++k) sums[((warp * kN + u) * 4 + k) * 32 + lane] = acc[m][u][k];
-    __syncthreads();
-    if (warp >= p.side) continue;
+  for (int m = 0; m < kM; ++m)
 #pragma unroll
     for (int u = 0; u < kN; ++u)
+      sums[((warp * kM + m) * kN + u) * 32 + lane] =
+          make_uint4(__float_as_uint(acc[m][u][0]), __float_as_uint(acc[m][u][1]), __float_as_uint(acc[m][u][2]),
+                     __float_as_uint(acc[m][u][3]));
+  __syncthreads();
+  float* const partial = p.partial + (block.quotient * p.ci + first_channel) * (p.window.kh * p.window.kw * kCO);
+#pragma unroll 1
+  for (int f = tid; f < kM * kN * 32; f += kThreads) {
+    float sum[4] = {0, 0, 0, 0};
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        float sum = acc[m][u][k];
-        for (int w = warp + p.side; w < kWarps; w += p.side) sum += sums[((w * kN + u) * 4 + k) * 32 + lane];
-        const int ci = channel_of(m, k / 2), n = u * 8 + 2 * q + k % 2;
-        const int kh = n / (4 * kCO) - p.window.shift_h, kw = n / kCO % 4 - p.window.shift_w;
-        if (ci < p.ci && kh >= 0 && kh < p.window.kh && kw >= 0 && kw < p.window.kw)
-          store_one(p.partial + (((split_index * p.ci + ci) * p.window.kh + kh) * p.window.kw + kw) * kCO + n % kCO,
-                    sum);
-      }
+    for (int w = 0; w < kWarps; ++w) {
+      const uint4 v = sums[w * (kM * kN * 32) + f];
+      sum[0] += __uint_as_float(v.x), sum[1] += __uint_as_float(v.y);
+      sum[2] += __uint_as_float(v.z), sum[3] += __uint_as_float(v.w);
+    }
+    const int m = f / (kN * 32), u = f / 32 % kN;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const int c = channel_of(g, m, k / 2), n = u * 8 + 2 * q + k % 2;
+      const int kh = n / (4 * kCO) - p.window.shift_h, kw = n / kCO % 4 - p.window.shift_w;
+      if (first_channel + c < p.ci && kh >= 0 && kh < p.window.kh && kw >= 0 && kw < p.window.kw)
+        store_one(partial + ((c * p.window.kh + kh) * p.window.kw + kw) * kCO + n % kCO, sum[k]);
+    }
   }
+}
+
+struct Block {
+  int shared, of_processor;  // bytes; blocks that a multiprocessor holds
+};
+template <class T, bool kSplit, int kCO>
+Block block_of(bool channels_last) {
+  using Last = WeightShape<T, kCO, true, kSplit>;
+  using First = WeightShape<T, kCO, false, kSplit>;
+  return channels_last ? Block{Last::kShared, Last::kBlocks} : Block{First::kShared, First::kBlocks};
+}
+template <class T, bool kSplit>
+Block block_of(const Convolution& c) {
+  switch (c.co) {
+    case 1: return block_of<T, kSplit, 1>(c.channels_last);
+    case 2: return block_of<T, kSplit, 2>(c.channels_last);
+    case 3: return block_of<T, kSplit, 3>(c.channels_last);
+    default: return block_of<T, kSplit, 4>(c.channels_last);
+  }
+}
+Block block_of(const Convolution& c) {
+  if (c.dtype != DType::f32) return block_of<Half, false>(c);
+  return c.tf32 ? block_of<float, false>(c) : block_of<float, true>(c);
 }
 
 // Sizes that the workspace depends on.
 struct Tiles {
-  int segments, column_tiles, row_tiles, side, sets;
+  int column_tiles, row_tiles, groups;
   int64_t tiles, splits;
 };
 Tiles tiles_of(const Convolution& c) {
   Tiles t{};
-  t.segments = c.iw <= 32 ? 1 : c.iw <= 64 ? 2 : 4;
-  t.column_tiles = int(ceil_div(c.iw, 32 * t.segments)), t.row_tiles = int(ceil_div(c.ih, kTileRows));
+  t.column_tiles = int(ceil_div(c.iw, kTileColumns)), t.row_tiles = int(ceil_div(c.ih, kTileRows));
   t.tiles = c.n * t.row_tiles * t.column_tiles;
-  const int64_t groups = ceil_div(c.ci, c.dtype == DType::f32 ? 32 : 64);
-  t.side = groups >= 3 ? 4 : int(groups);
-  t.sets = int(ceil_div(groups, t.side));
-  const int64_t wanted = max(2 * int64_t(multiprocessors()) / t.sets, int64_t(1));
-  t.splits = min(t.tiles, int64_t(split_count(c, wanted, wanted, 1)));
+  t.groups = int(ceil_div(c.ci, c.dtype == DType::f32 ? 32 : 64));
+  const int64_t wanted = max(block_of(c).of_processor * int64_t(multiprocessors()) / t.groups, int64_t(1));
+  const int64_t splits = split_count(c, t.tiles, wanted, 1);
+  t.splits = ceil_div(t.tiles, ceil_div(t.tiles, splits));  // no more than the longest range asks for
   return t;
 }
 
 template <class T, int kCO, bool kLast, bool kSplit>
 const char* start(FewWeight<T>& p, void* stream) {
-  const size_t tile = size_t(2 * kTileRows + 2) * WeightShape<T, kCO>::row_elements(p.segments) * sizeof(T);
   const auto kernel = few_weight_gradient<T, kCO, kLast, kSplit>;
-  AEUP_LAUNCH(kernel, p.splits * p.sets, kThreads, kWarps * kDepth * kSlot + tile, stream, p);
+  AEUP_LAUNCH(kernel, p.splits * p.groups, kThreads, size_t(WeightShape<T, kCO, kLast, kSplit>::kShared), stream, p);
   return nullptr;
 }
 template <class T, bool kLast, bool kSplit>
@@ -260,9 +299,13 @@ const char* multiply(const Convolution& c, const Tiles& t, void* workspace, void
   p.ci = int(c.ci), p.ih = int(c.ih), p.iw = int(c.iw), p.oh = int(c.oh), p.ow = int(c.ow);
   p.from = strides_of(c.ci, c.ih, c.iw, c.channels_last), p.to = strides_of(c.co, c.oh, c.ow, c.channels_last);
   p.window = window_of(c);
-  p.segments = t.segments, p.column_tiles = t.column_tiles, p.row_tiles = t.row_tiles;
-  p.tiles = t.tiles, p.splits = t.splits, p.sets = t.sets, p.side = t.side;
-  p.wide = alignment_of(c.input, (c.channels_last ? c.ci : c.iw) * int64_t(sizeof(T))) == 16;
+  p.column_tiles = t.column_tiles, p.row_tiles = t.row_tiles, p.groups = t.groups;
+  p.tiles = t.tiles, p.splits = t.splits;
+  const int64_t rows = t.splits / t.column_tiles;
+  p.step_columns = int(t.splits % t.column_tiles);
+  p.step_rows = int(rows % t.row_tiles), p.step_images = rows / t.row_tiles;
+  p.input_alignment = alignment_of(c.input, (c.channels_last ? c.ci : c.iw) * int64_t(sizeof(T)));
+  p.grad_alignment = alignment_of(c.grad, (c.channels_last ? c.co : 1) * c.ow * int64_t(sizeof(T)));
   if constexpr (std::is_same_v<T, float>) {
     if (!c.tf32)
       return c.channels_last ? with_channels<T, true, true>(p, c.co, stream)
@@ -278,13 +321,9 @@ const char* run(const Convolution& c, void* workspace, void* stream) {
   if (const char* error = multiply<T>(c, t, workspace, stream)) return error;
   return launch_add_partials<T>(c, workspace, t.splits, stream);
 }
-
 }  // namespace
 
-int64_t few_weight_gradient_shared(const Convolution& c) {
-  const int64_t row = (64 * tiles_of(c).segments + 2) * c.co * element_size(c.dtype);
-  return kWarps * kDepth * kSlot + (2 * kTileRows + 2) * row;
-}
+int64_t few_weight_gradient_shared(const Convolution& c) { return block_of(c).shared; }
 
 int64_t few_weight_gradient_workspace(const Convolution& c) { return tiles_of(c).splits * partial_bytes(c); }
 

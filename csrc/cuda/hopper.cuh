@@ -71,6 +71,8 @@ AEUP_DEV E load_shared(uint32_t address) {
                  : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
                  : "r"(address)
                  : "memory");
+  else if constexpr (sizeof(E) == 8)
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.w[0]), "=r"(v.w[1]) : "r"(address) : "memory");
   else if constexpr (sizeof(E) == 4)
     asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(address) : "memory");
   else

@@ -24,9 +24,15 @@ constexpr int kGemmConfigCount = 6;
 const char* launch_gemm_forward(const GemmParams& p, int config, DType dtype, void* stream);
 const char* launch_gemm_gradient(const GemmParams& p, int config, DType dtype, void* stream);
 
-// Tiles for results in NCHW: bm channels and bn pixels.
-constexpr GemmConfig kNchwConfigs[] = {{128, 128}, {64, 256}};
-constexpr int kNchwConfigCount = 2;
+// The sums of ranges, float32 [splits, n, ih, iw, ci8], added in order to the input's gradient.
+const char* add_ranges(const Convolution& c, const float* partial, int splits, void* stream);
+
+// Tiles for results in NCHW: bm channels and bn pixels, `columns` of them in a product.
+struct NchwConfig {
+  int bm, bn, columns;
+};
+constexpr NchwConfig kNchwConfigs[] = {{128, 256, 256}, {128, 128, 128}, {64, 256, 128}};
+constexpr int kNchwConfigCount = 3, kNchwPlainConfig = 0;  // the latter only for activations that are bounds
 const char* launch_gemm_nchw(const GemmParams& p, int config, int phases, bool forward, DType dtype, void* stream);
 
 // Pixels of a tile: a box of at most `most` pixels (exactly, if `exact`) over n images of h x w, with few tiles.

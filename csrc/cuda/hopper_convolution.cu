@@ -1,6 +1,8 @@
 // The Hopper family: which problems it serves, and how a problem becomes tiles, taps and tensor maps.
 #include <cuda_runtime.h>
 
+#include <cmath>
+
 #include "cuda/hopper.h"
 #include "cuda/hopper_gemm.cuh"
 #include "cuda/hopper_plan.h"
@@ -75,33 +77,42 @@ const char* channels_last_of(const Convolution& c, const void** data, int64_t ch
   return e;
 }
 
-// Estimated cycles of a tile; the constants are fitted to 160 launches on an H100 (17 % standard deviation), for which
-// the choice by them takes 1 % longer than the best.
-double tile_cost(double bm, double bn, double weights, double steps, double results) {
-  const double products = bm * bn / 30, bytes = (bm + weights) * 128 / 64;
-  return steps * (products > bytes ? products : bytes) + 945 + results * 0.178;
+// Estimated microseconds, for choosing. What limits the main loop is shared memory, which moves 128 bytes a cycle: each
+// step brings `loaded` rows of 128 bytes and reads them for products m64 x n. At 1.7 GHz, and with a bound on bytes per
+// microsecond, that is within 8 % of 21 and within 20 % of 35 out of 38 channels-last launches on an H100.
+struct Work {
+  double steps, full_steps;  // of a tile; full_steps counts one with at most 32 channels as a half
+  double bytes;              // of all tensors
+};
+Work work_of(const Convolution& c, int64_t channels, int64_t taps) {
+  const int64_t chunks = ceil_div(channels, 64), shortened = short_chunk(channels) ? taps : 0;
+  const int64_t pixels = c.n * (c.ih * c.iw * c.ci + c.oh * c.ow * c.co);
+  return {double(chunks * taps), chunks * taps - shortened * 0.5, 2. * (pixels + c.ci * c.co * c.kh * c.kw)};
 }
-// Whole waves.
-double cost_of(int config, int64_t tiles, int64_t steps) {
-  const double bm = kGemmConfigs[config].bm, bn = kGemmConfigs[config].bn;
-  return double(ceil_div(tiles, 132)) * tile_cost(bm, bn, bn < 64 ? 64 : bn, double(steps), bm * bn);
+double cost_of(int64_t tiles, const Work& w, double bm, double bn, double loaded, double n, double results) {
+  const double cycles = w.steps * loaded + w.full_steps * bm * bn * (1. / 64 + 1. / n) + results;
+  const double compute = double(ceil_div(tiles, 132)) * cycles / 1700, memory = w.bytes / 2.53e6;
+  return 3.3 + (compute > memory ? compute + memory * 0.1 : memory + compute * 0.1);
 }
+constexpr double kWholeResult = 0.127, kResult = 0.3, kPartialResult = 0.254;  // cycles of the epilogue
 
-// Of a channels-last result that must become NCHW: a launch, and its bytes there and back.
-double transpose_cost(const Convolution& c, int64_t elements) {
-  return c.channels_last ? 0 : 4000 + elements * 4 / 1700.;
-}
+// A second kernel that moves so many bytes.
+double pass_cost(double bytes) { return 2.4 + bytes / 2.9e6; }
 
-// Tiles for a result in NCHW, of `phases` neighbouring columns; `steps` are those of one phase.
-Choice plan_turned(int64_t n, int64_t h, int64_t w, int64_t channels, int phases, int64_t groups, int64_t steps) {
+// Tiles for a result in NCHW, of `phases` neighbouring columns; `w` is that of one phase.
+Choice plan_turned(int64_t n, int64_t h, int64_t w, int64_t channels, int phases, int64_t groups, Work work,
+                   bool smooth) {
   Choice best;
+  work.steps *= phases, work.full_steps *= phases;
   for (int config = 0; config < kNchwConfigCount; ++config) {
-    if (forced_config() >= 30 && forced_config() != 30 + config) continue;
+    if (forced_config() >= 0 && forced_config() != 30 + config) continue;
+    if (smooth && config == kNchwPlainConfig) continue;
     const double bm = kNchwConfigs[config].bm, bn = kNchwConfigs[config].bn;
     const Box box = choose_box(n, h, w, kNchwConfigs[config].bn, false);
     const int64_t tiles = ceil_div(n, box.n) * ceil_div(h, box.h) * ceil_div(w, box.w) * groups *
                           ceil_div(channels, kNchwConfigs[config].bm);
-    const double cost = double(ceil_div(tiles, 132)) * tile_cost(bm, bn, bn, double(steps * phases), bm * bn * phases);
+    const double result = w * phases % 8 || box.w * phases % 8 ? kResult : kWholeResult;
+    const double cost = cost_of(tiles, work, bm, bn, bm + bn, kNchwConfigs[config].columns, bm * bn * phases * result);
     if (cost < best.cost) best = {config, Arrangement::turned, box, cost};
   }
   return best;
@@ -111,23 +122,24 @@ Choice plan_forward(const Convolution& c) {
   const Phases ah = phases_of(c.sh, c.ph, c.dh, c.kh), aw = phases_of(c.sw, c.pw, c.dw, c.kw);
   const Early eh = early_of(ah), ew = early_of(aw);
   const bool alike = eh.most >= 0 && ew.most >= 0;
-  const int64_t chunks = ceil_div(c.ci, 64);
+  const Work work = work_of(c, c.ci, ceil_div(c.kh, c.sh) * ceil_div(c.kw, c.sw));
   Choice best;
   if (!c.channels_last && c.sw <= 2)
-    best = plan_turned(c.n, ceil_div(c.oh, c.sh), ceil_div(c.ow, c.sw), c.co, c.sw, c.sh,
-                       chunks * ceil_div(c.kh, c.sh) * ceil_div(c.kw, c.sw));
-  const double after = transpose_cost(c, c.n * c.oh * c.ow * c.co);
+    best = plan_turned(c.n, ceil_div(c.oh, c.sh), ceil_div(c.ow, c.sw), c.co, c.sw, c.sh, work,
+                       c.activation > Activation::relu);
+  const double after = c.channels_last ? 0 : pass_cost(4. * c.n * c.oh * c.ow * c.co);
+  const double result = c.co % 4 ? kResult : kWholeResult;
   for (int config = 0; config < kGemmConfigCount; ++config)
     for (const auto arrangement : {Arrangement::separate, Arrangement::merged, Arrangement::columns}) {
       const bool together = arrangement != Arrangement::separate;
-      const int bn = kGemmConfigs[config].bn, phases = c.sh * c.sw;
+      const int bm = kGemmConfigs[config].bm, bn = kGemmConfigs[config].bn, phases = c.sh * c.sw;
       if (together && !alike) continue;
       if (arrangement == Arrangement::merged && (c.sh != 2 || c.sw != 2 || bn != 256)) continue;
       if (arrangement == Arrangement::columns && (c.dh != 1 || c.dw != 1 || phases == 1 || c.co >= 64)) continue;
       if (forced_config() >= 0 && forced_config() != config + 10 * int(arrangement)) continue;
       const int64_t h = ceil_div(c.oh, c.sh) + (together ? eh.most : 0);
       const int64_t w = ceil_div(c.ow, c.sw) + (together ? ew.most : 0);
-      const Box box = choose_box(c.n, h, w, kGemmConfigs[config].bm, false);
+      const Box box = choose_box(c.n, h, w, bm, false);
       int64_t tiles = ceil_div(c.n, box.n) * ceil_div(h, box.h) * ceil_div(w, box.w);
       if (arrangement == Arrangement::separate)
         tiles *= ceil_div(c.co, bn) * phases;
@@ -135,30 +147,56 @@ Choice plan_forward(const Convolution& c) {
         tiles *= ceil_div(c.co, bn / 4);
       else
         tiles *= ceil_div(c.co * phases, bn);
-      const int64_t steps = chunks * ceil_div(c.kh, c.sh) * ceil_div(c.kw, c.sw);
-      const double cost = cost_of(config, tiles, steps) + after + (arrangement == Arrangement::columns ? 5000 : 0);
+      const double cost = cost_of(tiles, work, bm, bn, bm + (bn < 64 ? 64 : bn), bn, bm * bn * result) + after +
+                          (arrangement == Arrangement::columns ? 2.9 : 0);
       if (cost < best.cost) best = {config, arrangement, box, cost};
     }
   return best;
 }
 
 Choice plan_input_gradient(const Convolution& c) {
+  const Work work = work_of(c, c.co, int64_t(c.kh) * c.kw);
   Choice best;
-  if (!c.channels_last) best = plan_turned(c.n, c.ih, c.iw, c.ci, 1, 1, ceil_div(c.co, 64) * c.kh * c.kw);
-  const double after = transpose_cost(c, c.n * c.ih * c.iw * c.ci);
-  for (int config = 0; config < kGemmConfigCount; ++config) {
-    if (forced_config() >= 0 && forced_config() != config) continue;
-    const Box box = choose_box(c.n, c.ih, c.iw, kGemmConfigs[config].bm, false);
-    const int64_t pixels = ceil_div(c.n, box.n) * ceil_div(c.ih, box.h) * ceil_div(c.iw, box.w);
-    const int64_t tiles = pixels * ceil_div(c.ci, kGemmConfigs[config].bn);
-    const double cost = cost_of(config, tiles, ceil_div(c.co, 64) * c.kh * c.kw) + after;
-    if (cost < best.cost) best = {config, Arrangement::separate, box, cost};
-  }
+  if (!c.channels_last) best = plan_turned(c.n, c.ih, c.iw, c.ci, 1, 1, work, false);
+  const double elements = double(c.n * c.ih * c.iw * c.ci);
+  const double after = c.channels_last ? 0 : pass_cost(4 * elements);
+  const double result = c.ci % 4 ? kResult : kWholeResult;
+  const int forced = forced_config();
+  for (int config = 0; config < kGemmConfigCount; ++config)
+    for (int splits = 1; splits == 1 || (splits <= 32 && 4 * splits <= work.steps); splits *= 2) {
+      if (forced >= 0 && forced != config + (splits == 1 ? 0 : 100 * splits)) continue;
+      const int bm = kGemmConfigs[config].bm, bn = kGemmConfigs[config].bn;
+      const Box box = choose_box(c.n, c.ih, c.iw, bm, false);
+      const int64_t pixels = ceil_div(c.n, box.n) * ceil_div(c.ih, box.h) * ceil_div(c.iw, box.w);
+      const int64_t tiles = pixels * ceil_div(c.ci, bn);
+      // Ranges of the sum keep more multiprocessors busy where there are few tiles; a second kernel adds them.
+      if (splits > 1 && forced < 0 && tiles * splits > 2 * 132) continue;
+      Work part = work;
+      part.steps = std::ceil(work.steps / splits), part.full_steps = work.full_steps / splits;
+      part.bytes += splits == 1 ? 0 : 4 * splits * elements;
+      const double cost = cost_of(tiles * splits, part, bm, bn, bm + (bn < 64 ? 64 : bn), bn,
+                                  bm * bn * (splits == 1 ? result : kPartialResult)) +
+                          (splits == 1 ? after : pass_cost((4 * splits + 2) * elements));
+      if (cost < best.cost) best = {config, Arrangement::separate, box, cost, splits};
+    }
   return best;
 }
 
 const Choice& gradient_choice(const Convolution& c) { return remembered(c, Pass::input_gradient, plan_input_gradient); }
 const Choice& forward_choice(const Convolution& c) { return remembered(c, Pass::forward, plan_forward); }
+
+// Elements of a store that may start at every multiple of that many columns: v = (r * sw + q) * co + channel.
+int word_of(const Convolution& c, const Early& ew) {
+  for (const int word : {8, 4}) {
+    bool whole = c.sw * c.co % word == 0 && c.ow * c.co % word == 0;
+    for (int q = 0; q < c.sw; ++q)  // the phases from q on follow each other in memory
+      if (q == 0 || ew.of[q] != ew.of[q - 1])
+        whole = whole && q * c.co % word == 0 && (q - c.sw * ew.of[q]) * c.co % word == 0;
+    if (whole) return word;
+  }
+  return 1;
+}
+int word_of(int64_t channels) { return channels % 8 == 0 ? 8 : channels % 4 == 0 ? 4 : 1; }
 
 // `w` is [taps, ci, co]; or, where the phases are columns, [taps of a phase, ci, phases * co].
 const char* launch_forward(const Convolution& c, const Choice& choice, const void* x, const void* w, int64_t w_channel,
@@ -213,8 +251,9 @@ const char* launch_forward(const Convolution& c, const Choice& choice, const voi
   }
   p.out = out, p.bias = c.bias, p.n = c.n;
   p.oh = int(c.oh), p.ow = int(c.ow), p.c = int(c.co), p.stride_h = c.sh, p.stride_w = c.sw;
+  p.word = columns ? word_of(c, ew) : word_of(c.co);
   p.activation = int(c.activation), p.slope = c.slope;
-  p.chunks = int(ceil_div(c.ci, 64));
+  p.chunks = int(ceil_div(c.ci, 64)), p.short_chunk = short_chunk(c.ci);
   p.blocks =
       int(ceil_div(p.columns, turned ? kNchwConfigs[choice.config].bm : kGemmConfigs[choice.config].bn / p.merged));
   p.box_n = box.n, p.box_h = box.h, p.box_w = box.w;
@@ -258,13 +297,15 @@ const char* launch_input_gradient(const Convolution& c, const void* grad, const 
   p.groups = 1, p.merged = 1;
   p.group[0] = {0, int16_t(taps), {0, 0, 0, 0}, {0, 0, 0, 0}};
   p.out = out, p.bias = nullptr, p.n = c.n;
-  p.oh = int(c.ih), p.ow = int(c.iw), p.c = p.columns = int(c.ci), p.stride_h = p.stride_w = 1;
+  p.splits = best.splits;
+  p.oh = int(c.ih), p.ow = int(c.iw), p.c = p.columns = int(best.splits > 1 ? round_up(c.ci, 8) : c.ci);
+  p.word = word_of(c.ci), p.stride_h = p.stride_w = 1;
   p.activation = 0, p.slope = 0;
-  p.chunks = int(chunks);
+  p.chunks = int(chunks), p.short_chunk = short_chunk(c.co);
   p.blocks = int(ceil_div(c.ci, bn));
   p.box_n = box.n, p.box_h = box.h, p.box_w = box.w;
   p.tiles_h = int(ceil_div(c.ih, box.h)), p.tiles_w = int(ceil_div(c.iw, box.w));
-  p.tiles = int(ceil_div(c.n, box.n)) * p.tiles_h * p.tiles_w * p.blocks;
+  p.tiles = int(ceil_div(c.n, box.n)) * p.tiles_h * p.tiles_w * p.blocks * p.splits;
   p.source_bytes = uint32_t(box.n * box.h * box.w * 128);
   set_dividers(&p);
   if (turned) return launch_gemm_nchw(p, best.config, 1, false, c.dtype, stream);
@@ -293,7 +334,9 @@ Layout layout_of(const Convolution& c, Pass pass) {
   else if (c.folded() || !c.weight_channels_last || c.co % 8 || reinterpret_cast<uintptr_t>(c.weight) % 16)
     l.add(&l.weight, int64_t(c.kh) * c.kw * c.ci * round_up(c.co, 8) * 2);
   const Choice& choice = pass == Pass::forward ? forward_choice(c) : gradient_choice(c);
-  if (!c.channels_last && choice.arrangement != Arrangement::turned)
+  if (choice.splits > 1)
+    l.add(&l.out, choice.splits * c.n * c.ih * c.iw * round_up(c.ci, 8) * 4);
+  else if (!c.channels_last && choice.arrangement != Arrangement::turned)
     l.add(&l.out, pass == Pass::forward ? c.n * c.oh * c.ow * c.co * 2 : c.n * c.ih * c.iw * c.ci * 2);
   return l;
 }
@@ -354,7 +397,10 @@ const char* run(const Convolution& given, Pass pass, void* memory, void* stream)
   } else {
     if ((e = channels_last_of(c, &grad, c.co, c.oh, c.ow, l.source, workspace, stream))) return e;
     if ((e = launch_input_gradient(c, grad, weight, w_channel, w_tap, out, stream))) return e;
-    if (l.out >= 0) e = from_channels_last(out, c.result, c.n, c.ci, c.ih * c.iw, c.ci, stream);
+    if (gradient_choice(c).splits > 1)
+      e = add_ranges(c, static_cast<const float*>(out), gradient_choice(c).splits, stream);
+    else if (l.out >= 0)
+      e = from_channels_last(out, c.result, c.n, c.ci, c.ih * c.iw, c.ci, stream);
   }
   return e;
 }

@@ -7,6 +7,7 @@
 // wgmma, the weight beforehand into two planes. The sum of a step is taken small products first, since the tensor cores
 // truncate what they add, and goes to a second accumulator rounded to nearest.
 #pragma once
+#include "cuda/float_pack.cuh"
 #include "cuda/hopper_float.h"
 #include "cuda/hopper_gemm.cuh"
 #include "cuda/wgmma_tf32.cuh"
@@ -56,10 +57,8 @@ AEUP_DEV void strict_step(float (&part)[kTilesM][kLength], uint32_t a, uint64_t 
         const Words v = load_shared<Words>(at);
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const float value = __uint_as_float(v.w[e]);
-          const uint32_t upper = round_tf32(value);
-          high[m][half * 2 + e / 2][r + e % 2 * 2] = upper;
-          low[m][half * 2 + e / 2][r + e % 2 * 2] = round_tf32(value - __uint_as_float(upper));
+          const int k = half * 2 + e / 2, i = r + e % 2 * 2;
+          split_tf32(__uint_as_float(v.w[e]), &high[m][k][i], &low[m][k][i]);
         }
       }
 #pragma unroll
@@ -80,13 +79,10 @@ AEUP_DEV void strict_step(float (&part)[kTilesM][kLength], uint32_t a, uint64_t 
   wgmma_wait<0>();
 #pragma unroll
   for (int m = 0; m < kTilesM; ++m) hold(part[m]);
-  // The operands' registers are read until here.
 #pragma unroll
   for (int m = 0; m < kTilesM; ++m)
 #pragma unroll
-    for (int k = 0; k < 4; ++k)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) asm volatile("" ::"r"(high[m][k][e]), "r"(low[m][k][e]));
+    for (int k = 0; k < 4; ++k) keep(high[m][k]), keep(low[m][k]);
 }
 
 // nchw: the result is [n, c, oh, ow], stored by the lanes that hold it: 8 neighbouring pixels of 4 channels at a time.

@@ -9,4 +9,8 @@ constexpr int kFloatConfigCount = 6, kFirstStrictConfig = 2;  // strict has two 
 const char* launch_float_tf32(const GemmParams& p, int config, bool nchw, void* stream);
 const char* launch_float_strict(const GemmParams& p, int config, bool nchw, void* stream);
 
+// Weight gradient. grad [n, oh, ow, co4] channels-last with padded channels; c.input in either layout.
+int64_t float_weight_gradient_workspace(const Convolution& c);
+const char* float_weight_gradient(const Convolution& c, const void* grad, void* workspace, void* stream);
+
 }  // namespace aeup

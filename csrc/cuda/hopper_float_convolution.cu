@@ -1,5 +1,5 @@
-// The Hopper family for float32: the problems of hopper_convolution.cu, forward and input gradient, in tf32 or in three
-// tf32 products of float32's error.
+// The Hopper family for float32: the problems of hopper_convolution.cu in tf32, or in three tf32 products of float32's
+// error.
 #include <cuda_runtime.h>
 
 #include "cuda/convolution.h"
@@ -162,25 +162,29 @@ const char* launch_input_gradient(const Convolution& c, const void* grad, Operan
 }
 
 struct Layout {  // of the workspace: offsets in bytes, -1 where the tensor is used as it is
-  int64_t source = -1, weight = -1, bytes = 0;
+  int64_t source = -1, weight = -1, gradient = -1, bytes = 0;
   void add(int64_t* at, int64_t size) { *at = bytes, bytes += round_up(size, 256); }
 };
 bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
+bool as_it_is(const Convolution& c, int64_t channels, const void* data) {
+  return c.channels_last && channels % 4 == 0 && aligned(data);
+}
+int64_t gradient_bytes(const Convolution& c) { return c.n * c.oh * c.ow * round_up(c.co, 4) * 4; }
 Layout layout_of(const Convolution& c, Pass pass) {
   Layout l;
   const bool forward = pass == Pass::forward;
   const int64_t from = forward ? c.ci : c.co, to = forward ? c.co : c.ci;
-  const int64_t in = c.n * c.ih * c.iw, out = c.n * c.oh * c.ow;
-  if (!c.channels_last || from % 4 || !aligned(forward ? c.input : c.grad))
-    l.add(&l.source, (forward ? in : out) * round_up(from, 4) * 4);
-  if (forward || c.folded() || !c.tf32 || !c.weight_channels_last || c.co % 4 || !aligned(c.weight))
+  if (forward ? !as_it_is(c, c.ci, c.input) : !c.shared_grad && !as_it_is(c, c.co, c.grad))
+    l.add(&l.source, forward ? c.n * c.ih * c.iw * round_up(c.ci, 4) * 4 : gradient_bytes(c));
+  if (pass == Pass::weight_gradient)
+    l.add(&l.gradient, float_weight_gradient_workspace(c));
+  else if (forward || c.folded() || !c.tf32 || !c.weight_channels_last || c.co % 4 || !aligned(c.weight))
     l.add(&l.weight, int64_t(c.kh) * c.kw * to * round_up(from, 32) * (c.tf32 ? 4 : 8));
   return l;
 }
 
 const char* refuses(const Convolution& c, Pass pass, int major, int minor) {
   if (c.dtype != DType::f32) return "float32 only";
-  if (pass == Pass::weight_gradient) return "forward and input gradient only";
   Convolution half = c;  // the same kernels but for the elements
   half.dtype = DType::bf16;
   return kHopperConvolution.refuses(half, pass, major, minor);
@@ -190,15 +194,28 @@ int64_t workspace(const Convolution& c, Pass pass) {
   return layout_of(pass == Pass::forward ? normal(c) : c, pass).bytes;
 }
 
+// Copies the channels-last form of the input (forward) or of the output's gradient, where there is not one yet.
+const char* copy_source(const Convolution& c, bool forward, void* to, void* stream) {
+  const void* from = forward ? c.input : c.grad;
+  const int64_t channels = forward ? c.ci : c.co, pixels = forward ? c.ih * c.iw : c.oh * c.ow;
+  return c.channels_last ? pad_channels(from, to, c.n * pixels, channels, round_up(channels, 4), stream, 4)
+                         : to_channels_last(from, to, c.n, channels, pixels, round_up(channels, 4), stream, 4);
+}
+
 const char* run(const Convolution& given, Pass pass, void* memory, void* stream) {
   const bool forward = pass == Pass::forward;
   const Convolution c = forward ? normal(given) : given;
   const Layout l = layout_of(c, pass);
   char* workspace = static_cast<char*>(memory);
-  const int64_t from = forward ? c.ci : c.co, to = forward ? c.co : c.ci, taps = int64_t(c.kh) * c.kw;
-  const int64_t source_pixels = forward ? c.ih * c.iw : c.oh * c.ow;
-  const int64_t pitch = round_up(from, 32);
   const char* e = nullptr;
+  const void* source = forward ? c.input : c.shared_grad ? c.shared_grad : c.grad;
+  if (l.source >= 0) {
+    if ((e = copy_source(c, forward, workspace + l.source, stream))) return e;
+    source = workspace + l.source;
+  }
+  if (pass == Pass::weight_gradient) return float_weight_gradient(c, source, workspace + l.gradient, stream);
+  const int64_t from = forward ? c.ci : c.co, to = forward ? c.co : c.ci, taps = int64_t(c.kh) * c.kw;
+  const int64_t pitch = round_up(from, 32);
   Operand w{c.weight, c.co, c.ci, taps, taps * c.co, c.co};  // [ci, taps, co] as it is
   if (l.weight >= 0) {
     void* packed = workspace + l.weight;
@@ -209,21 +226,15 @@ const char* run(const Convolution& given, Pass pass, void* memory, void* stream)
                 : pack_float_gradient(c, packed, pitch, !c.tf32, stream);
     if (e) return e;
   }
-  const void* source = forward ? c.input : c.grad;
-  if (l.source >= 0) {
-    void* copy = workspace + l.source;
-    const int64_t padded = round_up(from, 4);
-    e = c.channels_last ? pad_channels(source, copy, c.n * source_pixels, from, padded, stream, 4)
-                        : to_channels_last(source, copy, c.n, from, source_pixels, padded, stream, 4);
-    if (e) return e;
-    source = copy;
-  }
   return forward ? launch_forward(c, source, w, c.result, stream)
                  : launch_input_gradient(c, source, w, c.result, stream);
 }
 
+int64_t shared(const Convolution& c) { return as_it_is(c, c.co, c.grad) ? 0 : gradient_bytes(c); }
+const char* share(const Convolution& c, void* to, void* stream) { return copy_source(c, false, to, stream); }
+
 }  // namespace
 
-const ConvolutionFamily kHopperFloatConvolution = {"hopper_float", refuses, workspace, run};
+const ConvolutionFamily kHopperFloatConvolution = {"hopper_float", refuses, workspace, run, shared, share};
 
 }  // namespace aeup

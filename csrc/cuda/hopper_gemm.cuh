@@ -30,16 +30,19 @@ struct GemmParams {
   int64_t n;
   int oh, ow, c;
   int columns;  // c, or phases * c where the phases are columns: column v is channel v % c of group[v / c]'s output
+  int word;     // columns v .. v + word - 1, v a multiple of word, are aligned neighbours in memory: 8, 4 or 1
   int stride_h, stride_w;
   int activation;
   float slope;
   int chunks;               // of 64 source channels
+  bool short_chunk;         // the last one has at most 32
+  int splits = 1;           // ranges of the sum, each a tile of its own: then `out` is float32 [splits, n, oh, ow, c]
   int groups, merged;       // merged: phases in a group, 1, 2 or 4
   int blocks;               // column blocks in a group
   int box_n, box_h, box_w;  // pixels of a tile
   int tiles_h, tiles_w;
   int tiles;  // all
-  Divider by_groups, by_blocks, by_tiles_w, by_tiles_h, by_c;
+  Divider by_splits, by_groups, by_blocks, by_tiles_w, by_tiles_h, by_c;
   uint32_t source_bytes;  // of one box
   GemmGroup group[kGemmGroups];
   GemmTap tap[kGemmTaps];
@@ -75,7 +78,7 @@ AEUP_DEV float smooth(float v, int activation, float slope) {
 }
 
 struct GemmTile {
-  int group, block, n, h, w;  // column block; first pixel of the box in the group's domain
+  int split, group, block, n, h, w;  // column block; first pixel of the box in the group's domain
 };
 AEUP_DEV int take_digit(int& n, const Divider& d) {  // n % d; n becomes n / d
   const int quotient = d.divide(n), digit = n - quotient * int(d.divisor);
@@ -84,6 +87,7 @@ AEUP_DEV int take_digit(int& n, const Divider& d) {  // n % d; n becomes n / d
 }
 AEUP_DEV GemmTile gemm_tile(const GemmParams& p, int index) {
   GemmTile t;
+  t.split = take_digit(index, p.by_splits);
   t.group = take_digit(index, p.by_groups);
   t.block = take_digit(index, p.by_blocks);
   t.w = take_digit(index, p.by_tiles_w) * p.box_w;
@@ -91,16 +95,25 @@ AEUP_DEV GemmTile gemm_tile(const GemmParams& p, int index) {
   t.n = index * p.box_n;
   return t;
 }
+// The steps of a tile: step s is tap s % taps of chunk s / taps.
+struct GemmSteps {
+  int first, end;
+};
+AEUP_DEV GemmSteps gemm_steps(const GemmParams& p, const GemmTile& t) {
+  const int steps = p.group[t.group].taps * p.chunks;
+  return {steps * t.split / p.splits, steps * (t.split + 1) / p.splits};
+}
 
-// 16 rows x 64 columns from shared memory, element by element: where rows are not made of whole 16 bytes, or where the
-// phases are columns. Neighbouring lanes store neighbouring channels, and channels of neighbouring phases adjoin.
-template <class T, int kChunks>
+// 16 rows x 64 columns (kChunks of 8) from shared memory, kElements of 4 or 1 at a time: where 8 neighbours are not
+// always aligned neighbours in memory. Neighbouring lanes store neighbouring columns.
+template <class T, int kElements, int kChunks>
 AEUP_DEV void store_columns(const GemmParams& p, const GemmGroup& g, uint32_t own, const int (&pixel)[4],
                             const int (&top)[4], const int (&left)[4], int first, int phase) {
-  const int lane = threadIdx.x % 32;
+  constexpr int kWords = kChunks * 8 / kElements, kLanes = kWords < 32 ? kWords : 32, kRows = 32 / kLanes;
+  const int lane = threadIdx.x % 32, row_lane = lane / kLanes * 8;
 #pragma unroll
-  for (int half = 0; half < kChunks / 4; ++half) {
-    const int v = first + half * 32 + lane;
+  for (int word = lane % kLanes; word < kWords; word += kLanes) {
+    const int v = first + word * kElements;
     int c = v, oh = g.oh[phase], ow = g.ow[phase];
     if (p.columns != p.c && v < p.columns) {
       const int q = p.by_c.divide(v);
@@ -110,20 +123,26 @@ AEUP_DEV void store_columns(const GemmParams& p, const GemmGroup& g, uint32_t ow
 #pragma unroll
     for (int i = 0; i < 4; ++i)
 #pragma unroll 1
-      for (int from = 0; from < 32; from += 8) {
-        const int row = i * 4 + from / 8, column = half * 4 + lane / 8;
-        const int y = __shfl_sync(~0u, top[i], from) + oh, x = __shfl_sync(~0u, left[i], from) + ow;
-        const int64_t at = __shfl_sync(~0u, pixel[i], from) + oh * p.ow + ow;
-        const uint32_t value = load_shared<uint16_t>(own + row * 128 + ((column ^ (row & 7)) << 4) + lane % 8 * 2);
-        if (unsigned(y) < unsigned(p.oh) && unsigned(x) < unsigned(p.ow) && v < p.columns)
-          store_words<2>(out + at * p.c, &value);
+      for (int from = 0; from < 32; from += 8 * kRows) {
+        const int row = i * 4 + (from + row_lane) / 8, column = word * kElements / 8;
+        const int y = __shfl_sync(~0u, top[i], from + row_lane) + oh;
+        const int x = __shfl_sync(~0u, left[i], from + row_lane) + ow;
+        const int64_t at = __shfl_sync(~0u, pixel[i], from + row_lane) + oh * p.ow + ow;
+        const uint32_t address = own + row * 128 + ((column ^ (row & 7)) << 4) + word * kElements % 8 * 2;
+        const bool inside = unsigned(y) < unsigned(p.oh) && unsigned(x) < unsigned(p.ow) && v < p.columns;
+        if constexpr (kElements == 4) {
+          if (inside) store_words<8>(out + at * p.c, load_shared<Raw<float, 2>>(address).w);
+        } else {
+          const uint32_t value = load_shared<uint16_t>(address);
+          if (inside) store_words<2>(out + at * p.c, &value);
+        }
       }
   }
 }
 
 // kForward: the weight slice is [source channels, 64 columns] with the columns contiguous, else [columns, 64 source
-// channels] with the source channels contiguous.
-template <class T, int BM, int BN, bool kForward, bool kSmooth>
+// channels] with the source channels contiguous. kPartial: no epilogue, float32 sums of each of `splits` ranges.
+template <class T, int BM, int BN, bool kForward, bool kSmooth, bool kPartial = false>
 __global__ void __launch_bounds__(GemmShape<BM, BN>::kThreads, 1) hopper_gemm(const __grid_constant__ GemmParams p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using S = GemmShape<BM, BN>;
@@ -155,34 +174,35 @@ __global__ void __launch_bounds__(GemmShape<BM, BN>::kThreads, 1) hopper_gemm(co
     uint32_t stage = 0, parity = 1;
     for (int index = warp < 2 && lane == 0 ? blockIdx.x : p.tiles; index < p.tiles; index += gridDim.x) {
       const GemmTile t = gemm_tile(p, index);
-      const int first = p.group[t.group].first_tap, last = first + p.group[t.group].taps, c0 = t.block * columns;
-      for (int chunk = 0; chunk < p.chunks * 64; chunk += 64) {
-        for (int i = first; i < last; ++i) {
-          const GemmTap tap = p.tap[i];
-          unsigned char* a = base + stage * S::kStage;
-          unsigned char* b = a + S::kABytes;
-          barrier_wait(empty + stage, parity);
-          if (warp == 0) {
-            barrier_expect(full + stage, p.source_bytes);
-            copy_box(a, &p.source[kForward ? 0 : tap.map], full + stage, chunk, t.w + tap.w, t.h + tap.h, t.n);
-          } else {
-            barrier_expect(full + stage, S::kBBytes);
-            if constexpr (kForward) {
+      const int first = p.group[t.group].first_tap, taps = p.group[t.group].taps, c0 = t.block * columns;
+      const GemmSteps steps = gemm_steps(p, t);
+      int chunk = steps.first / taps * 64, i = first + steps.first % taps;
+      for (int step = steps.first; step < steps.end; ++step) {
+        const GemmTap tap = p.tap[i];
+        unsigned char* a = base + stage * S::kStage;
+        unsigned char* b = a + S::kABytes;
+        barrier_wait(empty + stage, parity);
+        if (warp == 0) {
+          barrier_expect(full + stage, p.source_bytes);
+          copy_box(a, &p.source[kForward ? 0 : tap.map], full + stage, chunk, t.w + tap.w, t.h + tap.h, t.n);
+        } else {
+          barrier_expect(full + stage, S::kBBytes);
+          if constexpr (kForward) {
 #pragma unroll
-              for (int j = 0; j < S::kBoxes; ++j) {
-                const int q = box_phase[j];
-                const int weight = q == 0   ? tap.weight[0]
-                                   : q == 1 ? tap.weight[1]
-                                   : q == 2 ? tap.weight[2]
-                                            : tap.weight[3];
-                copy_box(b + j * 8192, &p.weight, full + stage, c0 + box_column[j], chunk, weight);
-              }
-            } else {
-              copy_box(b, &p.weight, full + stage, chunk, c0, tap.weight[0]);
+            for (int j = 0; j < S::kBoxes; ++j) {
+              const int q = box_phase[j];
+              const int weight = q == 0   ? tap.weight[0]
+                                 : q == 1 ? tap.weight[1]
+                                 : q == 2 ? tap.weight[2]
+                                          : tap.weight[3];
+              copy_box(b + j * 8192, &p.weight, full + stage, c0 + box_column[j], chunk, weight);
             }
+          } else {
+            copy_box(b, &p.weight, full + stage, chunk, c0, tap.weight[0]);
           }
-          if (++stage == S::kStages) stage = 0, parity ^= 1;
         }
+        if (++i == first + taps) i = first, chunk += 64;
+        if (++stage == S::kStages) stage = 0, parity ^= 1;
       }
     }
   } else {
@@ -202,13 +222,12 @@ __global__ void __launch_bounds__(GemmShape<BM, BN>::kThreads, 1) hopper_gemm(co
       }
     uint32_t stage = 0, parity = 0;
     // The second warpgroup starts two steps late, so that one multiplies while the other stores.
-    if (consumer == 1 && S::kStages > 2 && p.group[gemm_tile(p, blockIdx.x).group].taps * p.chunks > 2)
-      barrier_wait(full + 2, 0);
+    const GemmSteps early = gemm_steps(p, gemm_tile(p, blockIdx.x));
+    if (consumer == 1 && S::kStages > 2 && early.end - early.first > 2) barrier_wait(full + 2, 0);
     float acc[S::kTilesM][BN / 2];
     for (int index = blockIdx.x; index < p.tiles; index += gridDim.x) {
       const GemmTile t = gemm_tile(p, index);
       const GemmGroup& g = p.group[t.group];
-      const int steps = g.taps * p.chunks;
       const T* bias = static_cast<const T*>(p.bias);
       float own_values[(S::kBoxes + 1) / 2];
 #pragma unroll
@@ -219,23 +238,38 @@ __global__ void __launch_bounds__(GemmShape<BM, BN>::kThreads, 1) hopper_gemm(co
                             ? load_one(bias + (p.columns == p.c ? c : c - p.by_c.divide(c) * p.c))
                             : 0.f;
       }
-      uint64_t* previous = empty;
-      for (int i = 0; i < steps; ++i) {
+      const GemmSteps steps = gemm_steps(p, t);
+      const int whole = p.short_chunk ? g.taps * (p.chunks - 1) : steps.end;
+      int step = steps.first;
+      uint64_t* previous = nullptr;
+      const auto multiply = [&](auto sixteens) {  // channels of the step
         barrier_wait(full + stage, parity);
         const uint32_t a = base_address + stage * S::kStage + consumer * S::kTilesM * 8192;
         const uint32_t b = base_address + stage * S::kStage + S::kABytes;
         const uint64_t ad = operand(a, 16, 1024), bd = kForward ? operand(b, 8192, 1024) : operand(b, 16, 1024);
         wgmma_fence();
 #pragma unroll
-        for (int k = 0; k < 4; ++k)
+        for (int k = 0; k < sixteens; ++k)
 #pragma unroll
           for (int m = 0; m < S::kTilesM; ++m)  // descriptors count 16 bytes
-            wgmma<T, 0, kForward>(acc[m], ad + m * 512 + k * 2, bd + k * (kForward ? 128 : 2), i + k > 0);
+            wgmma<T, 0, kForward>(acc[m], ad + m * 512 + k * 2, bd + k * (kForward ? 128 : 2), step + k > steps.first);
         wgmma_commit();
         wgmma_wait<1>();
-        if (i > 0 && lane == 0) barrier_arrive(previous);
+        if (previous && lane == 0) barrier_arrive(previous);
         previous = empty + stage;
         if (++stage == S::kStages) stage = 0, parity ^= 1;
+      };
+      const auto finish = [&] {
+        wgmma_wait<0>();
+#pragma unroll
+        for (int m = 0; m < S::kTilesM; ++m) hold(acc[m]);
+        if (previous && lane == 0) barrier_arrive(previous);
+        previous = nullptr;
+      };
+      for (; step < steps.end && step < whole; ++step) multiply(std::integral_constant<int, 4>());
+      if (step < steps.end) {
+        finish();
+        for (; step < steps.end; ++step) multiply(std::integral_constant<int, 2>());
       }
       named_barrier(1 + consumer, 128);  // the tile before has read its bias
 #pragma unroll
@@ -244,11 +278,7 @@ __global__ void __launch_bounds__(GemmShape<BM, BN>::kThreads, 1) hopper_gemm(co
         if (v < S::kBoxes * 64) own_bias[v] = own_values[e];
       }
       named_barrier(1 + consumer, 128);
-      wgmma_wait<0>();
-#pragma unroll
-      for (int m = 0; m < S::kTilesM; ++m) hold(acc[m]);
-      if (lane == 0) barrier_arrive(previous);
-
+      finish();
       const float least = p.activation == int(Activation::relu) ? 0.f : -__int_as_float(0x7f800000);
       // Each warp turns 16 rows x 64 columns at a time in its own shared memory, so that a row leaves as whole lines.
       constexpr int kChunks = (BN < 64 ? BN : 64) / 8;  // of 8 columns
@@ -263,7 +293,27 @@ __global__ void __launch_bounds__(GemmShape<BM, BN>::kThreads, 1) hopper_gemm(co
           pixel[i] = int((unsigned(n) * p.oh + top[i]) * p.ow + left[i]);
         }
 #pragma unroll
-        for (int j = 0; j < S::kBoxes; ++j) {
+        for (int j = 0; j < (kPartial ? BN / 32 : 0); ++j) {  // 16 rows x 32 columns
+          __syncwarp();
+#pragma unroll
+          for (int b = 0; b < 8; ++b) {
+            const int row = lane / 4 + b % 2 * 8, column = b / 2 * 2 + lane % 4 / 2;
+            const float* from = &acc[m][j * 16 + b * 2];
+            store_shared(own + row * 128 + ((column ^ (row & 7)) << 4) + lane % 2 * 8, from[0], from[1]);
+          }
+          __syncwarp();
+          const int c = t.block * BN + j * 32 + lane % 8 * 4;
+          float* out = static_cast<float*>(p.out) + int64_t(t.split) * p.n * p.oh * p.ow * p.c + c;
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int row = i * 4 + lane / 8;
+            if (unsigned(top[i]) < unsigned(p.oh) && left[i] < p.ow && c < p.c)
+              store_words<16>(out + int64_t(pixel[i]) * p.c,
+                              load_shared<Words>(own + row * 128 + ((lane % 8 ^ (row & 7)) << 4)).w);
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < (kPartial ? 0 : S::kBoxes); ++j) {
           __syncwarp();
 #pragma unroll
           for (int b = 0; b < kChunks / 2; ++b) {
@@ -281,7 +331,7 @@ __global__ void __launch_bounds__(GemmShape<BM, BN>::kThreads, 1) hopper_gemm(co
             store_matrices(own + row * 128 + ((column ^ (row & 7)) << 4), packed[0], packed[1], packed[2], packed[3]);
           }
           __syncwarp();
-          if (p.c % 8 == 0) {
+          if (p.word == 8) {
             const int v = t.block * columns + box_column[j] + lane % 8 * 8;
             int c = v, oh = g.oh[box_phase[j]], ow = g.ow[box_phase[j]];
             if (p.columns != p.c && v < p.columns) {
@@ -297,8 +347,10 @@ __global__ void __launch_bounds__(GemmShape<BM, BN>::kThreads, 1) hopper_gemm(co
                 store_words<16>(out + int64_t(pixel[i] + oh * p.ow + ow) * p.c,
                                 load_shared<Words>(own + row * 128 + ((lane % 8 ^ (row & 7)) << 4)).w);
             }
+          } else if (p.word == 4) {
+            store_columns<T, 4, kChunks>(p, g, own, pixel, top, left, t.block * columns + box_column[j], box_phase[j]);
           } else {
-            store_columns<T, kChunks>(p, g, own, pixel, top, left, t.block * columns + box_column[j], box_phase[j]);
+            store_columns<T, 1, kChunks>(p, g, own, pixel, top, left, t.block * columns + box_column[j], box_phase[j]);
           }
         }
       }

@@ -9,7 +9,9 @@ const char* run(const GemmParams& p, void* stream) {
   constexpr int BM = kGemmConfigs[kConfig].bm, BN = kGemmConfigs[kConfig].bn;
   using S = GemmShape<BM, BN>;
   const int64_t grid = p.tiles < multiprocessors() ? p.tiles : multiprocessors();
-  return launch_early<hopper_gemm<T, BM, BN, false, false>>(grid, S::kThreads, S::kBytes, stream, p);
+  return p.splits > 1
+             ? launch_early<hopper_gemm<T, BM, BN, false, false, true>>(grid, S::kThreads, S::kBytes, stream, p)
+             : launch_early<hopper_gemm<T, BM, BN, false, false>>(grid, S::kThreads, S::kBytes, stream, p);
 }
 
 template <class T>
@@ -24,7 +26,51 @@ const char* dispatch(const GemmParams& p, int config, void* stream) {
   }
 }
 
+// partial [splits, images, pixels, pitch] -> result [images, pixels, c], or `turned` [images, c, pixels]: tiles of
+// 32 x 32.
+template <class T>
+__global__ void __launch_bounds__(256) add(const float* partial, T* result, int splits, int64_t images, int64_t pixels,
+                                           int64_t pitch, int64_t c, bool turned) {
+  let_next_start();
+  __shared__ float tile[32][33];
+  const Split by_c = split(blockIdx.x, (c + 31) / 32), at = split(by_c.quotient, (pixels + 31) / 32);
+  const int64_t c0 = by_c.remainder * 32, p0 = at.remainder * 32, first = at.quotient * pixels;
+  const int x = threadIdx.x % 32, y = threadIdx.x / 32;
+#pragma unroll
+  for (int i = 0; i < 32; i += 8) {
+    const int64_t pixel = p0 + y + i, channel = c0 + x;
+    float sum = 0;
+    if (pixel < pixels && channel < c) {
+#pragma unroll 4
+      for (int s = 0; s < splits; ++s)
+        sum += load_one(partial + ((s * images * pixels) + first + pixel) * pitch + channel);
+      if (!turned) store_one(result + (first + pixel) * c + channel, sum);
+    }
+    tile[y + i][x] = sum;
+  }
+  if (!turned) return;
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < 32; i += 8) {
+    const int64_t pixel = p0 + x, channel = c0 + y + i;
+    if (pixel < pixels && channel < c) store_one(result + first * c + channel * pixels + pixel, tile[x][y + i]);
+  }
+}
+
 }  // namespace
+
+const char* add_ranges(const Convolution& c, const float* partial, int splits, void* stream) {
+  const bool turned = !c.channels_last && c.ih * c.iw > 1;
+  const int64_t images = turned ? c.n : 1, pixels = c.n * c.ih * c.iw / images;
+  const int64_t blocks = images * ceil_div(pixels, 32) * ceil_div(c.ci, 32);
+  if (c.dtype == DType::bf16)
+    AEUP_LAUNCH(add<BFloat16>, blocks, 256, 0, stream, partial, static_cast<BFloat16*>(c.result), splits, images,
+                pixels, round_up(c.ci, 8), c.ci, turned);
+  else
+    AEUP_LAUNCH(add<Half>, blocks, 256, 0, stream, partial, static_cast<Half*>(c.result), splits, images, pixels,
+                round_up(c.ci, 8), c.ci, turned);
+  return nullptr;
+}
 
 const char* launch_gemm_gradient(const GemmParams& p, int config, DType dtype, void* stream) {
   return dtype == DType::bf16 ? dispatch<BFloat16>(p, config, stream) : dispatch<Half>(p, config, stream);

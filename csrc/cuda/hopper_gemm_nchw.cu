@@ -4,8 +4,9 @@
 namespace aeup {
 namespace {
 
-template <class T, int BM, int BN, int kPhases, bool kForward, bool kSmooth>
+template <class T, int kConfig, int kPhases, bool kForward, bool kSmooth>
 const char* run(const GemmParams& p, void* stream) {
+  constexpr int BM = kNchwConfigs[kConfig].bm, BN = kNchwConfigs[kConfig].columns;
   using S = NchwShape<BM, BN>;
   const int64_t grid = p.tiles < multiprocessors() ? p.tiles : multiprocessors();
   return launch_early<hopper_gemm_nchw<T, BM, BN, kPhases, kForward, kSmooth>>(grid, S::kThreads, S::kBytes, stream, p);
@@ -13,9 +14,13 @@ const char* run(const GemmParams& p, void* stream) {
 
 template <class T, int kPhases, bool kForward, bool kSmooth>
 const char* by_channels(const GemmParams& p, int config, void* stream) {
-  static_assert(kNchwConfigCount == 2);
-  return config == 0 ? run<T, 128, 128, kPhases, kForward, kSmooth>(p, stream)
-                     : run<T, 64, 128, kPhases, kForward, kSmooth>(p, stream);
+  switch (config) {
+    case 0:  // without the long activations, which would double the size of all these kernels
+      if constexpr (!kSmooth) return run<T, 0, kPhases, kForward, kSmooth>(p, stream);
+      return "no such tile";
+    case 1: return run<T, 1, kPhases, kForward, kSmooth>(p, stream);
+    default: return run<T, 2, kPhases, kForward, kSmooth>(p, stream);
+  }
 }
 
 template <class T>

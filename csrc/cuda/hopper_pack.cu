@@ -2,6 +2,7 @@
 // Elements are bits: uint16_t or uint32_t.
 #include "cuda/common.cuh"
 #include "cuda/fold.h"
+#include "cuda/folded_place.cuh"
 #include "cuda/hopper_pack.h"
 
 namespace aeup {
@@ -96,50 +97,114 @@ __global__ void __launch_bounds__(kThreads) pad(const E* from, E* to, int64_t ro
   }
 }
 
-// A block packs 64 output channels of one input channel, all taps.
-__global__ void __launch_bounds__(kThreads)
-    pack(const uint16_t* from, uint16_t* to, int ci, int co, int taps, int padded, bool channels_last) {
+struct PackParams {
+  const uint16_t* from;  // [ci, co, taps], or [ci, taps, co] if channels_last
+  uint16_t* to;
+  int ci, co, taps, padded, rows;                   // a tile: `rows` input channels x 64 output channels, all taps
+  int64_t of_ci;                                    // in the result
+  bool channels_last, load_vectors, store_vectors;  // of 8 elements
+  PlacedTaps place;
+  Divider by_taps, by_kw, by_group;  // by_group: loads of 8 output channels
+};
+
+// Not channels-last: through shared memory, [ci][8 output channels][taps], where an odd number of vectors for each 8
+// channels keeps the banks apart.
+__global__ void __launch_bounds__(kThreads) pack(PackParams p) {
   let_next_start();
-  AEUP_DYNAMIC_SHARED(uint16_t, line);  // [64 * taps]
-  const int i = blockIdx.x, c0 = blockIdx.y * 64;
-  const int count = co - c0 < 64 ? co - c0 : 64, wide = padded - c0 < 64 ? padded - c0 : 64;
-  if (channels_last) {
-    for (int e = threadIdx.x; e < wide * taps; e += kThreads) {
-      const int tap = e / wide, c = e % wide;
-      store_bits(to + (int64_t(tap) * ci + i) * padded + c0 + c,
-                 c < count ? load_bits(from + (int64_t(i) * taps + tap) * co + c0 + c) : uint16_t(0));
+  AEUP_DYNAMIC_SHARED(uint16_t, tile);
+  const int i0 = int(blockIdx.x) * p.rows, c0 = int(blockIdx.y) * 64;
+  const int rows = min(p.rows, p.ci - i0), group = 8 * (p.taps | 1);
+  const int64_t row = int64_t(p.co) * p.taps;
+  const auto stage = [&](auto width) {
+    constexpr int V = decltype(width)::value, kWords = V == 8 ? 4 : 1, kBatch = 4;  // loads in flight
+    const int count = rows * 64 * p.taps / V, valid = (p.co - c0) * p.taps;
+    for (int first = threadIdx.x; first < count; first += kBatch * kThreads) {
+      uint32_t w[kBatch][kWords];
+      int to[kBatch];
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        const int n = first + b * kThreads;
+        int q = n;
+        const int e = take(&q, p.by_group) * V, at = q % 8 * 8 * p.taps + e;
+        to[b] = n < count ? q * group + e : -1;
+#pragma unroll
+        for (int k = 0; k < kWords; ++k) w[b][k] = 0;
+        if (n < count && at < valid) load_words<V * 2>(p.from + (i0 + q / 8) * row + c0 * p.taps + at, w[b]);
+      }
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        if (to[b] < 0) break;
+        if constexpr (V == 8)
+          *reinterpret_cast<uint4*>(tile + to[b]) = make_uint4(w[b][0], w[b][1], w[b][2], w[b][3]);
+        else
+          tile[to[b]] = uint16_t(w[b][0]);
+      }
     }
-    return;
+  };
+  if (!p.channels_last) {
+    if (p.load_vectors)
+      stage(std::integral_constant<int, 8>());
+    else
+      stage(std::integral_constant<int, 1>());
+    __syncthreads();
   }
-  const uint16_t* source = from + (int64_t(i) * co + c0) * taps;
-  for (int e = threadIdx.x; e < count * taps; e += kThreads) line[e] = load_bits(source + e);
-  __syncthreads();
-  for (int e = threadIdx.x; e < wide * taps; e += kThreads) {
-    const int tap = e / wide, c = e % wide;
-    store_bits(to + (int64_t(tap) * ci + i) * padded + c0 + c, c < count ? line[c * taps + tap] : uint16_t(0));
+#pragma unroll 4
+  for (int n = threadIdx.x; n < rows * p.taps * 8; n += kThreads) {
+    int i = n / 8;
+    const int tap = take(&i, p.by_taps), c = c0 + n % 8 * 8;
+    int y = tap;
+    const int x = take(&y, p.by_kw), room = (p.place.is_last(y, x) ? p.padded : p.co) - c;
+    if (room <= 0) continue;
+    uint32_t w[4] = {};
+    if (p.channels_last && p.load_vectors) {
+      if (c < p.co) load_words<16>(p.from + (i0 + i) * row + int64_t(tap) * p.co + c, w);
+    } else {
+#pragma unroll
+      for (int k = 0; k < 8; ++k) {
+        uint32_t bits = 0;
+        if (!p.channels_last)
+          bits = tile[(i * 8 + n % 8) * group + k * p.taps + tap];
+        else if (c + k < p.co)
+          load_words<2>(p.from + (i0 + i) * row + int64_t(tap) * p.co + c + k, &bits);
+        w[k / 2] |= bits << k % 2 * 16;
+      }
+    }
+    uint16_t* const to = p.to + p.place.h.offset(y) + p.place.w.offset(x) + (i0 + i) * p.of_ci + c;
+    if (p.store_vectors) {
+      store_words<16>(to, w);
+    } else {
+#pragma unroll
+      for (int k = 0; k < 8; ++k) {
+        const uint32_t bits = w[k / 2] >> k % 2 * 16;
+        if (k < room) store_words<2>(to + k, &bits);
+      }
+    }
   }
 }
 
-// Column (rh * sw + rw) * co + c of tap (i, j) is the weight at kernel row (rh + ph) mod sh + i sh, and so on.
-__global__ void __launch_bounds__(kThreads)
-    gather_phases(const uint16_t* from, uint16_t* to, int ci, int co, int kh, int kw, int sh, int sw, int ph, int pw,
-                  int pitch, bool channels_last) {
-  let_next_start();
-  const int total = kh / sh * (kw / sw) * ci * pitch;
-  for (int e = blockIdx.x * kThreads + threadIdx.x; e < total; e += gridDim.x * kThreads) {
-    const int v = e % pitch, i = e / pitch % ci, tap = e / pitch / ci;
-    const int phase = v / co, c = v % co;
-    const int y = (phase / sw + ph) % sh + tap / (kw / sw) * sh, x = (phase % sw + pw) % sw + tap % (kw / sw) * sw;
-    const int64_t at =
-        channels_last ? ((int64_t(i) * kh + y) * kw + x) * co + c : ((int64_t(i) * co + c) * kh + y) * kw + x;
-    store_bits(to + e, phase < sh * sw ? load_bits(from + at) : uint16_t(0));
-  }
+const char* launch_pack(const Convolution& c, const FoldedPlace& place, void* to, void* stream) {
+  if (c.folded()) return launch_fold(c, place, to, stream);
+  const int taps = c.kh * c.kw, columns = int(ceil_div(place.padded, 64));
+  PackParams p{};
+  p.from = static_cast<const uint16_t*>(c.weight), p.to = static_cast<uint16_t*>(to);
+  p.ci = int(c.ci), p.co = int(c.co), p.taps = taps, p.padded = int(place.padded), p.of_ci = place.of_ci;
+  p.channels_last = c.weight_channels_last;
+  p.load_vectors = alignment_of(p.from, (p.channels_last ? c.co : c.co * taps) * 2) == 16;
+  p.store_vectors = alignment_of(to, (place.of_step | place.of_phase | place.of_ci | place.padded) * 2) == 16;
+  p.place = PlacedTaps(place, c.kw);
+  p.by_taps = Divider(taps), p.by_kw = Divider(c.kw), p.by_group = Divider(p.load_vectors ? taps : 8 * taps);
+  p.rows = max(1, 128 / taps);
+  while (p.rows > 1 && ceil_div(c.ci, p.rows) * columns < 2 * multiprocessors()) p.rows = (p.rows + 1) / 2;
+  const dim3 grid{unsigned(ceil_div(c.ci, p.rows)), unsigned(columns)};
+  AEUP_LAUNCH(pack, grid, kThreads, p.channels_last ? 0 : size_t(p.rows) * 128 * (taps | 1), stream, p);
+  return nullptr;
 }
 
 }  // namespace
 
 const char* to_channels_last(const void* from, void* to, int64_t n, int64_t c, int64_t pixels, int64_t padded,
                              void* stream, int bytes) {
+  if (pixels == 1) return pad_channels(from, to, n, c, padded, stream, bytes);
   return bytes == 2 ? launch_transpose<uint16_t>(from, to, n, c, pixels, padded, stream)
                     : launch_transpose<uint32_t>(from, to, n, c, pixels, padded, stream);
 }
@@ -163,27 +228,15 @@ const char* pad_channels(const void* from, void* to, int64_t rows, int64_t c, in
 }
 
 const char* pack_weight(const Convolution& c, void* to, void* stream) {
-  const int64_t taps = int64_t(c.kh) * c.kw, padded = round_up(c.co, 8);
-  if (c.folded())
-    return launch_fold(c, {FoldedPlace::plain, false, 0, c.ci * padded, 0, padded, 1, padded}, to, stream);
-  const dim3 grid{unsigned(c.ci), unsigned(ceil_div(padded, 64))};
-  AEUP_LAUNCH(pack, grid, kThreads, 64 * taps * 2, stream, static_cast<const uint16_t*>(c.weight),
-              static_cast<uint16_t*>(to), int(c.ci), int(c.co), int(taps), int(padded), c.weight_channels_last);
-  return nullptr;
+  const int64_t padded = round_up(c.co, 8);
+  return launch_pack(c, {FoldedPlace::plain, false, 0, c.ci * padded, 0, padded, 1, padded}, to, stream);
 }
 
 const char* pack_phases(const Convolution& c, void* to, void* stream) {
-  const int phases = c.sh * c.sw, pitch = int(round_up(phases * c.co, 8));
-  if (c.folded()) {
-    FoldedPlace place{FoldedPlace::plain, false, 0, c.ci * pitch, c.co, pitch, 1, pitch - (phases - 1) * c.co};
-    place.sh = c.sh, place.sw = c.sw, place.ph = c.ph, place.pw = c.pw;
-    return launch_fold(c, place, to, stream);
-  }
-  const int64_t blocks = ceil_div(int64_t(c.kh / c.sh) * (c.kw / c.sw) * c.ci * pitch, kThreads);
-  AEUP_LAUNCH(gather_phases, blocks < 4096 ? blocks : 4096, kThreads, 0, stream, static_cast<const uint16_t*>(c.weight),
-              static_cast<uint16_t*>(to), int(c.ci), int(c.co), c.kh, c.kw, c.sh, c.sw, c.ph, c.pw, pitch,
-              c.weight_channels_last);
-  return nullptr;
+  const int64_t phases = c.sh * c.sw, pitch = round_up(phases * c.co, 8);
+  FoldedPlace place{FoldedPlace::plain, false, 0, c.ci * pitch, c.co, pitch, 1, pitch - (phases - 1) * c.co};
+  place.sh = c.sh, place.sw = c.sw, place.ph = c.ph, place.pw = c.pw;
+  return launch_pack(c, place, to, stream);
 }
 
 }  // namespace aeup

@@ -9,6 +9,9 @@
 
 namespace aeup {
 
+// Whether of 64 channels in a step the last one has 32 at most: then half the products are zeros.
+inline bool short_chunk(int64_t channels) { return (channels - 1) % 64 < 32; }
+
 inline int floor_div(int a, int b) { return (a >= 0 ? a : a - b + 1) / b; }
 
 // One transposed convolution with one input pixel along an axis writes each output once, whatever the stride: then the
@@ -54,6 +57,7 @@ struct Choice {
   Arrangement arrangement = Arrangement::separate;
   Box box{};
   double cost = 1e300;
+  int splits = 1;  // ranges of the sum
 };
 
 // Phases with equally many taps read the same pixels, phase r at pixel u - early[r]. `most` is the largest of them, -1
@@ -90,7 +94,8 @@ const Choice& remembered(const Convolution& c, Pass pass, Plan plan) {
     }
   };
   thread_local std::unordered_map<Key, Choice, Hash> known;
-  const int64_t kind = ((int64_t(c.dtype) * 2 + c.tf32) * 2 + c.channels_last) * 4 + int64_t(pass);
+  const bool smooth = c.activation > Activation::relu;
+  const int64_t kind = (((int64_t(c.dtype) * 2 + c.tf32) * 2 + c.channels_last) * 2 + smooth) * 4 + int64_t(pass);
   const Key key{kind, c.n,  c.ci, c.co, c.ih, c.iw, c.oh, c.ow,           c.kh,
                 c.kw, c.sh, c.sw, c.ph, c.pw, c.dh, c.dw, forced_config()};
   const auto found = known.find(key);
@@ -100,7 +105,8 @@ const Choice& remembered(const Convolution& c, Pass pass, Plan plan) {
 }
 
 inline void set_dividers(GemmParams* p) {
-  p->by_groups = Divider(p->groups), p->by_blocks = Divider(p->blocks), p->by_c = Divider(p->c);
+  p->by_splits = Divider(p->splits), p->by_groups = Divider(p->groups), p->by_blocks = Divider(p->blocks);
+  p->by_c = Divider(p->c);
   p->by_tiles_w = Divider(p->tiles_w), p->by_tiles_h = Divider(p->tiles_h);
 }
 

@@ -18,7 +18,7 @@ struct ResampleConv {
   bool weight_channels_last;  // weight [co, ci / groups, kh, kw]: dense, contiguous or channels-last
   bool tf32;                  // float32 may be multiplied in tf32
   Activation activation;      // forward only
-  float slope;                // of leaky_relu
+  double slope;               // of leaky_relu
 
   // As in Convolution.
   const void *input, *weight, *bias, *grad;

@@ -20,7 +20,7 @@ struct Direct {
   int64_t pixels, range, splits;
   bool last;
   Activation activation;
-  float slope;
+  double slope;
 };
 
 // The resampled image at (u, v), rounded to T as torch stores it.

@@ -134,3 +134,10 @@ AEUP_DEV void wgmma_tf32(float (&d)[64], const uint32_t (&a)[4], uint64_t b, int
 
 }  // namespace aeup
 #endif
+
+namespace aeup {
+
+// wgmma reads operands in registers until its wait: to be called after that.
+AEUP_DEV void keep(const uint32_t (&a)[4]) { asm volatile("" ::"r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])); }
+
+}  // namespace aeup

@@ -60,12 +60,16 @@ def run(emulated, family, which, result, *, shapes, stride, padding, dilation, g
     return run_sizes(emulated, "aeup_emulate_convolution", family, which, result, sizes, **how)
 
 
-def run_epilogue(emulated, grad, output, activation, slope=0.01, bias=True, channels_last=False, offset=0):
-    """Returns the gradient before the activation (None without one) and the bias's."""
+def run_epilogue(emulated, grad, output, activation, slope=0.01, bias=True, channels_last=False, offset=0, pitch=0):
+    """Returns the gradient before the activation (None without one) and the bias's. pitch: the gradient before the
+    activation as rows of so many channels [n, pitch, h, w], whatever the activation."""
     n, c, h, w = grad.shape
-    before = None if output is None else tensor(grad.shape, grad.dtype, channels_last, offset, fill=float("nan"))
+    before = None
+    if pitch or output is not None:
+        shape, nhwc = ((n, pitch, h, w), True) if pitch else (grad.shape, channels_last)
+        before = tensor(shape, grad.dtype, nhwc, offset, fill=float("nan"))
     total = torch.full((c,), float("nan"), dtype=grad.dtype) if bias else None
-    size = (ctypes.c_int64 * 3)(n, c, h * w)
+    size = (ctypes.c_int64 * 4)(n, c, h * w, pitch * grad.element_size())
     how = (ctypes.c_int * 3)(DTYPES[grad.dtype], channels_last, ACTIVATIONS.index(activation))
     tensors = map(pointer, (grad, output, before, total))
     call(emulated, "aeup_emulate_epilogue", *tensors, size, how, ctypes.c_double(slope))

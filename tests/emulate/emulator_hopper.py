@@ -15,7 +15,7 @@ FLAGS = ("-O0", "-DAEUP_EMULATE_HOPPER", "-DAEUP_TUNE", "-Wno-psabi", f"-I{HERE 
 
 
 def sources():
-    kernels = [*(CSRC / "cuda").glob("hopper*.cu"), CSRC / "cuda/convolution.cu", CSRC / "cuda/fold.cu"]
+    kernels = [s for name in ("hopper*", "convolution", "fold*") for s in (CSRC / "cuda").glob(f"{name}.cu")]
     shared = (HERE / name for name in ("entry_convolution.cpp", "entry_fold.cpp", "races.cpp"))
     return [*kernels, *shared, *(HERE / "hopper").glob("*.cpp")]
 
@@ -28,7 +28,8 @@ class Hopper:
 @contextlib.contextmanager
 def configured(config=None, arrangement=0):
     """Forces a tile: an index of kGemmConfigs or kFloatConfigs, and how the phases are arranged (0 a tile each, 1 four
-    in a tile, 2 as columns, 3 the tiles for NCHW: an index of kNchwConfigs)."""
+    in a tile, 2 as columns, 3 the tiles for NCHW: an index of kNchwConfigs; 4 the weight gradient: an index of its
+    kShapes)."""
     if config is not None:
         os.environ["AEUP_HOPPER"] = str(10 * arrangement + config)
     try:

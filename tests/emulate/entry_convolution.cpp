@@ -26,7 +26,7 @@ aeup::Convolution describe(const int64_t* size, const int* how, double slope) {
   c.dtype = static_cast<aeup::DType>(how[1]);
   c.channels_last = how[2] != 0, c.weight_channels_last = how[3] != 0, c.tf32 = how[4] != 0;
   c.activation = static_cast<aeup::Activation>(how[5]);
-  c.slope = float(slope);
+  c.slope = slope;
   return c;
 }
 }  // namespace
@@ -46,20 +46,20 @@ const char* aeup_emulate_convolution(const char* family, const void* input, cons
   return emulated::run_pass(c, static_cast<aeup::Pass>(how[0]), family, weights, how[6] != 0);
 }
 #ifndef AEUP_EMULATE_HOPPER
-// size: n c pixels; how: dtype channels_last activation.
+// size: n c pixels pitch; how: dtype channels_last activation.
 const char* aeup_emulate_epilogue(const void* grad, const void* output, void* before, void* bias, const int64_t* size,
                                   const int* how, double slope) {
   using namespace aeup;
   EpilogueGradient g{};
-  g.n = size[0], g.c = size[1], g.pixels = size[2];
+  g.n = size[0], g.c = size[1], g.pixels = size[2], g.pitch = size[3];
   g.dtype = static_cast<DType>(how[0]), g.channels_last = how[1] != 0;
-  g.activation = static_cast<Activation>(how[2]), g.slope = float(slope);
+  g.activation = static_cast<Activation>(how[2]), g.slope = slope;
   g.grad = grad, g.output = output, g.before = before, g.bias = bias;
   const int64_t bytes = g.n * g.c * g.pixels * bytes_of(g.dtype);
   Device device(epilogue_gradient_workspace(g));
   device.reads(grad, bytes);
   device.reads(output, bytes);
-  device.writes(before, bytes);
+  device.writes(before, g.pitch ? g.n * g.pixels * g.pitch : bytes);
   device.writes(bias, g.c * bytes_of(g.dtype));
   if (const char* error = launch_epilogue_gradient(g, device.at, nullptr)) {
     reply = error;

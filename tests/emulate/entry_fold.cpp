@@ -27,7 +27,7 @@ const char* aeup_emulate_upsample_conv(const char* family, const void* input, co
                                        const void* grad, void* result, const int64_t* size, const int* how,
                                        double slope) {
   Convolution c = describe(size, how);
-  c.slope = float(slope);
+  c.slope = slope;
   c.input = input, c.weight = weight, c.bias = bias, c.grad = grad, c.result = result;
   const int64_t weights = c.co * (c.ci / c.groups) * c.fold_h.kernel * c.fold_w.kernel * bytes_of(c.dtype);
   return emulated::run_pass(c, static_cast<Pass>(how[0]), family, weights, how[6] != 0);

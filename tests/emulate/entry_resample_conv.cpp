@@ -17,7 +17,7 @@ const char* aeup_emulate_resample_conv(const void* input, const void* weight, co
   c.mode = static_cast<Mode>(how[1]), c.align_corners = how[2] != 0, c.dtype = static_cast<DType>(how[3]);
   c.channels_last = how[4] != 0, c.weight_channels_last = how[5] != 0, c.tf32 = how[6] != 0;
   c.activation = static_cast<Activation>(how[7]);
-  c.scale_h = numbers[0], c.scale_w = numbers[1], c.slope = float(numbers[2]);
+  c.scale_h = numbers[0], c.scale_w = numbers[1], c.slope = numbers[2];
   c.input = input, c.weight = weight, c.bias = bias, c.grad = grad, c.result = result;
   if (const char* why = refuses_resample_conv(c, pass, how[8], how[9])) {
     emulated::reply = std::string("refused: ") + why;

@@ -9,6 +9,15 @@ inline const char* answer(const std::string& text) {
   reply = text;
   return reply.c_str();
 }
+// The rows that the epilogue's gradient makes of an NCHW grad (see ConvolutionFamily::shared).
+inline void make_rows(const aeup::Convolution& c, int64_t bytes, char* to) {
+  const int64_t e = bytes_of(c.dtype), pixels = c.oh * c.ow, pitch = bytes / (c.n * pixels);
+  std::memset(to, 0, size_t(bytes));
+  for (int64_t i = 0; i < c.n * c.co * pixels; ++i) {
+    const int64_t image = i / (c.co * pixels), channel = i / pixels % c.co, pixel = i % pixels;
+    std::memcpy(to + (image * pixels + pixel) * pitch + channel * e, static_cast<const char*>(c.grad) + i * e, e);
+  }
+}
 // `share`: the gradient is first brought into the form that both gradients share, and the pass reads only that. Returns
 // null, or what went wrong: a refusal, a bad access, or an element stored not exactly once.
 inline const char* run_pass(aeup::Convolution c, aeup::Pass pass, const char* family, int64_t weight_bytes,
@@ -22,14 +31,19 @@ inline const char* run_pass(aeup::Convolution c, aeup::Pass pass, const char* fa
   if (share) {
     const int64_t bytes = f->shared ? f->shared(c) : 0;
     if (!bytes) return answer("nothing to share");
+    if (bytes != c.n * c.oh * c.ow * ((c.co * e + 15) / 16 * 16)) return answer("rows are not of whole 16 bytes");
     memory.assign(bytes / 8 + 33, ~0ull);
     const uintptr_t at = (reinterpret_cast<uintptr_t>(memory.data()) + 255) / 256 * 256;
-    Device device(0);
-    device.reads(c.grad, out);
-    device.writes(reinterpret_cast<void*>(at), bytes);
-    if (const char* error = f->share(c, reinterpret_cast<void*>(at), nullptr)) return answer(error);
-    if (const char* error = device.all_stored()) return error;
     c.shared_grad = reinterpret_cast<void*>(at);
+    if (!c.channels_last) {
+      make_rows(c, bytes, reinterpret_cast<char*>(at));
+    } else {
+      Device device(0);
+      device.reads(c.grad, out);
+      device.writes(c.shared_grad, bytes);
+      if (const char* error = f->share(c, reinterpret_cast<void*>(at), nullptr)) return answer(error);
+      if (const char* error = device.all_stored()) return error;
+    }
   }
   Device device(f->workspace(c, pass));
   if (pass != Pass::input_gradient) device.reads(c.input, in);

@@ -1,0 +1,372 @@
+"""Batch normalisation and the activation after it: torch.ops.aeup.batch_norm and its gradient,
+torch.ops.aeup.batch_norm_backward.
+
+Forward: statistics, then output; backward: sums per channel, then the input's gradient. The backward computes the
+normalised value and the activation's derivative anew from the input, so that nothing else of its size is kept.
+Gradients of gradients are torch's own operators.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
+
+from aeup.backends import Kernel, Op, choose, get_backend, note, note_torch
+from aeup.ops import compiled
+from aeup.ops.eager import forward_ad, traced, transforms_active
+from aeup.ops.epilogue import AFTER, NUMBER, activate, activation_gradient, check_activation
+
+_AXES = (0, 2, 3)
+
+
+class Norm(NamedTuple):
+    """activation(weight * (x - mean) / sqrt(var + eps) + bias), with the batch's statistics in `training`, which the
+    running ones then follow: running += momentum * (batch - running), with the unbiased variance."""
+
+    training: bool
+    momentum: float
+    eps: float
+    activation: str | None = None
+    slope: float = 0.01
+
+
+def arithmetic(x: Tensor) -> torch.dtype:
+    """The dtype of the sums and of everything per channel."""
+    return torch.float64 if x.dtype is torch.float64 else torch.float32
+
+
+def _by_channel(t: Tensor) -> Tensor:
+    return t.view(-1, 1, 1)
+
+
+# --- kernels. Forward: (x, weight, bias, running_mean, running_var, counter, norm) to (y, mean, invstd); in training
+# the running statistics and the counter of batches are updated in place. Backward: (grad, x, mean, invstd, weight,
+# bias, norm, wanted) to the gradients of x, weight and bias, empty where not wanted. ---
+
+
+def reference(x, weight, bias, running_mean, running_var, counter, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
+    """By torch's operators."""
+    y = by_torch(x, weight, bias, running_mean, running_var, counter, norm)
+    of = arithmetic(x)
+    if not norm.training:
+        return y, running_mean.to(of), torch.rsqrt(running_var.to(of) + norm.eps)
+    if x.numel() == 0:
+        return y, *(x.new_zeros(x.shape[1], dtype=of) for _ in range(2))
+    var, mean = torch.var_mean(x.to(of), _AXES, correction=0)
+    return y, mean, torch.rsqrt(var + norm.eps)
+
+
+def gradients_by_torch(grad, x, mean, invstd, weight, bias, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
+    """All three gradients for these statistics, differentiable: Ioffe & Szegedy, section 3, after the activation's."""
+    of = arithmetic(x)
+    scale, normal = invstd, (x.to(of) - _by_channel(mean)) * _by_channel(invstd)
+    z, grad = normal, grad.to(of)
+    if weight is not None:
+        scale, z = invstd * weight, z * _by_channel(weight)
+    if bias is not None:
+        z = z + _by_channel(bias)
+    if norm.activation:
+        z = z if norm.activation in AFTER else activate(z, norm.activation, norm.slope)
+        grad = activation_gradient(grad, z, norm.activation, norm.slope)
+    of_bias, of_weight = grad.sum(_AXES), (grad * normal).sum(_AXES)
+    if norm.training:
+        count = max(x.numel() // x.shape[1], 1)
+        grad = grad - (_by_channel(of_bias) + normal * _by_channel(of_weight)) / count
+    return (grad * _by_channel(scale)).to(x.dtype), of_weight, of_bias
+
+
+def _reference_backward(grad, x, mean, invstd, weight, bias, norm: Norm, wanted) -> tuple[Tensor, Tensor, Tensor]:
+    found = gradients_by_torch(grad, x, mean, invstd, weight, bias, norm)
+    return tuple(t if want else t.new_empty(0) for t, want in zip(found, wanted, strict=True))
+
+
+def _cuda_run(x, weight, bias, running_mean, running_var, counter, norm: Norm):
+    rest = norm.momentum, norm.eps, NUMBER[norm.activation], norm.slope
+    statistics = running_mean, running_var, counter
+    found = compiled.call("batch_norm", x, weight, bias, *statistics, norm.training, *rest)
+    if norm.training:
+        torch.autograd.graph.increment_version([t for t in statistics if t is not None])
+    return found
+
+
+def _cuda_backward(grad, x, mean, invstd, weight, bias, norm: Norm, wanted):
+    rest = norm.training, NUMBER[norm.activation], norm.slope
+    return compiled.call("batch_norm_backward", grad, x, mean, invstd, weight, bias, *rest, *wanted)
+
+
+def _cuda_refusal(x: Tensor, **by_channel: Tensor | None) -> str | None:
+    reason = compiled.refusal(x, "batch_norm")
+    if reason:
+        return reason
+    given = {name: t for name, t in by_channel.items() if t is not None}
+    dtypes = {t.dtype for t in given.values()}
+    if dtypes and dtypes not in ({arithmetic(x)}, {x.dtype}):
+        served = " or ".join(dict.fromkeys(str(d)[6:] for d in (arithmetic(x), x.dtype)))
+        found = ", ".join(f"{name} {str(t.dtype)[6:]}" for name, t in given.items())
+        return f"weight, bias and running statistics must all be {served}, got {found}"
+    return next((f"{name} is not contiguous" for name, t in given.items() if not t.is_contiguous()), None)
+
+
+def _cuda_refuses(x, weight, bias, running_mean, running_var, counter, norm) -> str | None:
+    return _cuda_refusal(x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
+
+
+def _cuda_refuses_backward(grad, x, mean, invstd, weight, bias, norm, wanted) -> str | None:
+    return _cuda_refusal(x, weight=weight, bias=bias)
+
+
+def _no_triton(*args) -> str:
+    return "there is no Triton kernel"
+
+
+def _no_cpu(*args) -> str:
+    return "there is no kernel for the CPU: torch's norm and its activation in place serve it"
+
+
+def _label(device, *args) -> str:
+    return "statistics, then the output" if args[-1].training else "one pass"
+
+
+OP = Op(
+    "aeup.batch_norm",
+    {
+        "cuda": Kernel(_cuda_run, _cuda_refuses, _label),
+        "triton": Kernel(reference, _no_triton),
+        "cpu": Kernel(reference, _no_cpu),
+        "torch": Kernel(reference, lambda *args: None),
+    },
+)
+BACKWARD = Op(
+    "aeup.batch_norm_backward",
+    {
+        "cuda": Kernel(_cuda_backward, _cuda_refuses_backward, lambda *args: "sums, then the input's gradient"),
+        "triton": Kernel(_reference_backward, _no_triton),
+        "cpu": Kernel(_reference_backward, _no_cpu),
+        "torch": Kernel(_reference_backward, lambda *args: None),
+    },
+)
+
+
+# --- the op as it is called ---
+
+
+def by_torch(x, weight, bias, running_mean, running_var, counter, norm: Norm) -> Tensor:
+    """torch's batch norm, then its activation: of any rank, differentiable, and torch's errors."""
+    if counter is not None:
+        counter.add_(1)
+    y = F.batch_norm(x, running_mean, running_var, weight, bias, norm.training, norm.momentum, norm.eps)
+    return activate(y, norm.activation, norm.slope, inplace=True)
+
+
+def _unserved(x, weight, bias, running_mean, running_var, norm: Norm) -> str | None:
+    """Why this is torch's: to compute, or to raise its error."""
+    if x.dim() != 4 or x.dtype not in compiled.FLOATS or x.layout is not torch.strided:
+        return "serves dense float64, float32, float16 or bfloat16 tensors [N, C, H, W]"
+    n, c, h, w = x.shape
+    if n * c * h * w == 0:
+        return "the input is empty"
+    for t in (weight, bias, running_mean, running_var):
+        if t is not None and (t.dim() != 1 or t.shape[0] != c or t.device != x.device):
+            return "weight, bias and running statistics must have one element for each channel, beside the input"
+    if (running_mean is None) != (running_var is None) or (running_mean is None and not norm.training):
+        return "running_mean and running_var belong together, and are needed outside training"
+    if norm.training and n * h * w == 1:
+        return "one value per channel has no variance"
+    good = isinstance(norm.momentum, float) and (norm.eps > 0 or (norm.eps == 0 and not norm.training))
+    return None if good else "momentum must be a float, and eps positive (outside training, at least 0)"
+
+
+def _left_to_torch(x, weight, bias) -> bool:
+    """A CPU's tensors, the short way: no choice is to be made; and the compiler joins torch's operators to their
+    neighbours."""
+    if not x.is_cpu:
+        return False
+    return torch.compiler.is_compiling() or (get_backend() in ("auto", "torch") and not traced(x, weight, bias))
+
+
+def batch_norm(x, weight, bias, running_mean, running_var, counter, norm: Norm) -> Tensor:
+    """activation(batch_norm(x)), [N, C, H, W], differentiable; in training updates the running statistics and the
+    `counter` of batches, where they are given."""
+    args = x, weight, bias, running_mean, running_var, counter, norm
+    if _left_to_torch(x, weight, bias):
+        return by_torch(*args)
+    reason = _unserved(x, weight, bias, running_mean, running_var, norm)
+    if reason:
+        note_torch("aeup.batch_norm", f"{list(x.shape)}, {x.dtype}", reason)
+        return by_torch(*args)
+    if traced(x, weight, bias):
+        return _dispatched(*args)
+    if transforms_active() or forward_ad._current_level >= 0:
+        return by_torch(*args)
+    kernel = choose(OP, x, args)
+    if kernel is OP.kernels["torch"]:
+        return by_torch(*args)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:3]):
+        return _BatchNorm.apply(*args, kernel)
+    return kernel.run(*args)[0]
+
+
+def _dispatched(x, weight, bias, running_mean, running_var, counter, norm: Norm) -> Tensor:
+    """By the registered operator, which changes nothing in place."""
+    y, _, _, *statistics = torch.ops.aeup.batch_norm.default(x, weight, bias, running_mean, running_var, *norm)
+    if norm.training:
+        for t, now in zip((running_mean, running_var), statistics, strict=True):
+            if t is not None:
+                t.copy_(now)
+        if counter is not None:
+            counter.add_(1)
+    return y
+
+
+def _gradients(grad, x, weight, bias, mean, invstd, norm: Norm, wanted, backend: str | None = None) -> tuple:
+    """The gradients of x, weight and bias that are wanted, else None."""
+    if torch.is_grad_enabled() or transforms_active():  # the statistics depend on x
+        if norm.training:
+            var, mean = torch.var_mean(x.to(arithmetic(x)), _AXES, correction=0)
+            invstd = torch.rsqrt(var + norm.eps)
+        found = gradients_by_torch(grad, x, mean, invstd, weight, bias, norm)
+    elif traced(grad, x):
+        flags = norm.training, norm.activation, norm.slope, wanted
+        found = torch.ops.aeup.batch_norm_backward.default(grad, x, mean, invstd, weight, bias, *flags)
+    else:
+        args = grad, x, mean, invstd, weight, bias, norm, wanted
+        found = choose(BACKWARD, x, args, backend).run(*args)
+    like = x, weight, bias
+    return tuple(g.to(t.dtype) if want else None for g, t, want in zip(found, like, wanted, strict=True))
+
+
+class _BatchNorm(torch.autograd.Function):
+    """The short way of eager calls: no dispatcher."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, running_mean, running_var, counter, norm, kernel):
+        y, mean, invstd = kernel.run(x, weight, bias, running_mean, running_var, counter, norm)
+        ctx.norm, ctx.backend = norm, get_backend()
+        ctx.save_for_backward(x, weight, bias, mean, invstd)
+        ctx.set_materialize_grads(False)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        if grad is None:
+            return (None,) * 8
+        wanted = ctx.needs_input_grad[:3]
+        return *_gradients(grad, *ctx.saved_tensors, ctx.norm, wanted, ctx.backend), *[None] * 5
+
+
+# --- registration ---
+
+_lib = torch.library.Library("aeup", "FRAGMENT")
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+_lib.define(
+    "batch_norm(Tensor input, Tensor? weight, Tensor? bias, Tensor? running_mean, Tensor? running_var, bool training, "
+    "float momentum, float eps, str? activation=None, float slope=0.01) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+_lib.define(
+    "batch_norm_backward(Tensor grad_output, Tensor input, Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias, "
+    "bool training, str? activation, float slope, bool[3] wanted) -> (Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+
+
+def _checked(x, weight, bias, running_mean, running_var, *rest) -> Norm:
+    norm = Norm(*rest)
+    check_activation(norm.activation, norm.slope)
+    reason = _unserved(x, weight, bias, running_mean, running_var, norm)
+    if reason and reason != "the input is empty":
+        raise RuntimeError(f"aeup.batch_norm: {reason}; got input {list(x.shape)}, {x.dtype}")
+    return norm
+
+
+def _run(x, weight, bias, running_mean, running_var, *rest):
+    norm = _checked(x, weight, bias, running_mean, running_var, *rest)
+    # What the kernels update in place is a copy: the next statistics are results here.
+    now = [x.new_empty(0) if t is None else t.clone() for t in (running_mean, running_var)]
+    args = x, weight, bias, *(None if t is None else n for t, n in zip((running_mean, running_var), now, strict=True))
+    args = *args, None, norm
+    y, mean, invstd = choose(OP, x, args).run(*args) if x.numel() else reference(*args)
+    return y.contiguous(memory_format=suggest_memory_format(x)), mean.clone(), invstd, *now
+
+
+def _fake(x, weight, bias, running_mean, running_var, *rest):
+    norm = _checked(x, weight, bias, running_mean, running_var, *rest)
+    y = torch.empty_like(x, memory_format=suggest_memory_format(x))
+    mean, invstd = (x.new_empty(x.shape[1], dtype=arithmetic(x)) for _ in range(2))
+    call = f"{list(x.shape)}" + ("" if norm.training else ", running statistics")
+    call += (f", {norm.activation}" if norm.activation else "") + f", {str(x.dtype)[6:]}"
+    note(OP, x.device, (x, weight, bias, running_mean, running_var, None, norm), call)
+    wanted = True, weight is not None, bias is not None
+    note(BACKWARD, x.device, (y, x, mean, invstd, weight, bias, norm, wanted), "gradient of " + call)
+    now = [x.new_empty(0) if t is None else torch.empty_like(t) for t in (running_mean, running_var)]
+    return y, mean, invstd, *now
+
+
+def _context(ctx, inputs, output):
+    x, weight, bias, _, _, *rest = inputs
+    ctx.norm = Norm(*rest)
+    ctx.save_for_backward(x, weight, bias, *output[1:3])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _gradient(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 10
+    return *_gradients(grad, *ctx.saved_tensors, ctx.norm, ctx.needs_input_grad[:3]), *[None] * 7
+
+
+def _checked_backward(grad, x, mean, invstd, training, activation, slope, wanted) -> Norm:
+    check_activation(activation, slope)
+    if x.dim() != 4 or grad.shape != x.shape or mean.shape != x.shape[1:2] or invstd.shape != mean.shape:
+        shapes = [list(t.shape) for t in (grad, x, mean, invstd)]
+        raise RuntimeError(f"aeup.batch_norm: expected grad and input [N, C, H, W], mean and invstd [C]; got {shapes}")
+    return Norm(training, 0.0, 0.0, activation, slope)
+
+
+def _run_backward(grad, x, mean, invstd, weight, bias, *rest):
+    norm, wanted = _checked_backward(grad, x, mean, invstd, *rest), tuple(rest[-1])
+    args = grad, x, mean, invstd, weight, bias, norm, wanted
+    dx, *others = choose(BACKWARD, x, args).run(*args) if x.numel() else _reference_backward(*args)
+    dx = dx.contiguous(memory_format=suggest_memory_format(x)) if wanted[0] else dx
+    return dx, *(t.to(mean.dtype) for t in others)
+
+
+def _fake_backward(grad, x, mean, invstd, weight, bias, *rest):
+    _checked_backward(grad, x, mean, invstd, *rest)
+    wanted = rest[-1]
+    dx = torch.empty_like(x, memory_format=suggest_memory_format(x)) if wanted[0] else x.new_empty(0)
+    return dx, *(mean.new_empty(x.shape[1] if want else 0) for want in wanted[1:])
+
+
+def _context_backward(ctx, inputs, output):
+    *tensors, training, activation, slope, ctx.wanted = inputs
+    ctx.norm = Norm(training, 0.0, 0.0, activation, slope)
+    ctx.save_for_backward(*tensors)
+
+
+def _gradient_backward(ctx, *grads):
+    tensors = ctx.saved_tensors
+    given = [i for i, t in enumerate(tensors) if t is not None]
+
+    def wanted(*some):
+        every = [None] * len(tensors)
+        for i, t in zip(given, some, strict=True):
+            every[i] = t
+        return tuple(t for t, want in zip(gradients_by_torch(*every, ctx.norm), ctx.wanted, strict=True) if want)
+
+    _, pull = torch.func.vjp(wanted, *(tensors[i] for i in given))
+    found = dict(zip(given, pull(tuple(g for g, want in zip(grads, ctx.wanted, strict=True) if want)), strict=True))
+    return *(found.get(i) for i in range(len(tensors))), *[None] * 4
+
+
+for _name, _how in (
+    ("batch_norm", (_run, _fake, _context, _gradient)),
+    ("batch_norm_backward", (_run_backward, _fake_backward, _context_backward, _gradient_backward)),
+):
+    _lib.impl(_name, _how[0], "CompositeExplicitAutograd")
+    torch.library.register_fake(f"aeup::{_name}", _how[1], lib=_lib)
+    torch.library.register_autograd(f"aeup::{_name}", _how[3], setup_context=_how[2], lib=_lib)
+# Under autocast the dtype stays what it is, as in torch: no autocast kernel falls through to that.

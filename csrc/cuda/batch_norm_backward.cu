@@ -1,0 +1,129 @@
+// Batch normalisation and activation, backward: the gradients of weight and bias, which are sums over the channel, then
+// the input's. The normalised value and the derivative of the activation are computed anew from the input.
+#include "batch_norm.cuh"
+
+namespace aeup {
+namespace {
+
+// mean, scale and bias of the block's channels, for z = scale * (x - mean) + bias.
+template <class S, int N, class T>
+AEUP_DEV void set_affine(const Norm<T>& p, int64_t channel, S mean, S invstd, Coefficients<S, N>& shared) {
+  shared.of[0][threadIdx.x] = mean;
+  shared.of[1][threadIdx.x] = p.weight ? invstd * of_channel(p, p.weight, channel) : invstd;
+  shared.of[2][threadIdx.x] = p.bias ? of_channel(p, p.bias, channel) : S(0);
+}
+
+template <class T, int V, bool kPiecewise>
+__global__ void __launch_bounds__(kNormBlock) sum_gradients(Norm<T> p) {
+  using S = Acc<T>;
+  __shared__ Coefficients<S, 3> shared;
+  let_next_start();
+  Walk<T, V, false> w(p);
+  const int64_t channel = w.first_channel(p) + threadIdx.x;
+  if (int(threadIdx.x) < 1 << p.tile_bits && channel < p.c)
+    set_affine(p, channel, load_one(p.mean + channel), load_one(p.invstd + channel), shared);
+  __syncthreads();
+  S about[V], scale[V], bias[V], sum[V], product[V];
+#pragma unroll
+  for (int i = 0; i < V; ++i) about[i] = scale[i] = bias[i] = sum[i] = product[i] = S(0);
+  if (w.left) {
+    shared.get(0, w.channel_in_tile, p.width, about);
+    shared.get(1, w.channel_in_tile, p.width, scale);
+    shared.get(2, w.channel_in_tile, p.width, bias);
+  }
+  const T* const from[2] = {p.input, p.grad};
+  sweep<4>(p, w, from, [&](S(&v)[2][V], int64_t) {
+    S z[V];
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      v[0][i] -= about[i];
+      z[i] = scale[i] * v[0][i] + bias[i];
+    }
+    before_activation<kPiecewise>(p, v[1], z);
+#pragma unroll
+    for (int i = 0; i < V; ++i) sum[i] += v[1][i], product[i] += v[1][i] * v[0][i];
+  });
+  store_partial<Sums<S>>(p, w, S(0), sum, product);
+}
+
+// With g the gradient before the activation, x^ the normalised input and scale = weight * invstd:
+// scale * (g - mean(g) - x^ * mean(g x^)), or outside training scale * g (Ioffe & Szegedy, 2015, section 3).
+template <class T, int V, bool kPiecewise>
+__global__ void __launch_bounds__(kNormBlock) input_gradient(Norm<T> p) {
+  using S = Acc<T>;
+  __shared__ Coefficients<S, 5> shared;
+  Walk<T, V, true> w(p);
+  after_previous();
+  const int64_t channel = w.first_channel(p) + threadIdx.x;
+  const bool mine = int(threadIdx.x) < 1 << p.tile_bits && channel < p.c;
+  Sums<S> sums = {S(0), S(0)};
+  if (p.partial) sums = add_partials_of<Sums<S>>(p, w.first_channel(p));
+  if (mine) {
+    const S invstd = load_one(p.invstd + channel), n = S(p.positions * p.pixels);
+    set_affine(p, channel, load_one(p.mean + channel), invstd, shared);
+    if (w.split_index == 0) {
+      if (p.weight_grad) set_channel(p, p.weight_grad, channel, sums.product * invstd);
+      if (p.bias_grad) set_channel(p, p.bias_grad, channel, sums.grad);
+    }
+    const S scale = p.training ? shared.of[1][threadIdx.x] : S(0);
+    shared.of[3][threadIdx.x] = scale * (sums.grad / n);
+    shared.of[4][threadIdx.x] = scale * (sums.product / n) * invstd * invstd;
+  }
+  __syncthreads();
+  if (!w.left || !p.result) return;
+  S about[V], scale[V], bias[V], mean_grad[V], slope[V];
+  shared.get(0, w.channel_in_tile, p.width, about);
+  shared.get(1, w.channel_in_tile, p.width, scale);
+  shared.get(2, w.channel_in_tile, p.width, bias);
+  shared.get(3, w.channel_in_tile, p.width, mean_grad);
+  shared.get(4, w.channel_in_tile, p.width, slope);
+  const T* const from[2] = {p.input, p.grad};
+  sweep<4>(p, w, from, [&](S(&v)[2][V], int64_t at) {
+    S z[V];
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      v[0][i] -= about[i];
+      z[i] = scale[i] * v[0][i] + bias[i];
+    }
+    before_activation<kPiecewise>(p, v[1], z);
+#pragma unroll
+    for (int i = 0; i < V; ++i) z[i] = scale[i] * v[1][i] - mean_grad[i] - slope[i] * v[0][i];
+    Raw<T, V> y;
+    y.pack(z);
+    y.store(p.result + at);
+  });
+}
+
+template <class T, int V, bool kPiecewise>
+const char* run_as(const BatchNorm& b, void* workspace, void* stream) {
+  using S = Acc<T>;
+  Norm<T> p = plan_norm<T>(b, V > 1, blocks_at_once(b, V > 1 ? 1 : 2));
+  p.result = static_cast<T*>(b.input_grad);
+  p.weight_grad = b.weight_grad, p.bias_grad = b.bias_grad;
+  const int64_t grid = p.result ? p.splits * p.tiles : p.tiles;
+  if (!b.training && !b.weight_grad && !b.bias_grad)
+    return launch(input_gradient<T, V, kPiecewise>, grid, kNormBlock, 0, stream, p);
+  const Norm<T> sums = plan_sums<T, V>(b, workspace);
+  take_partials(p, sums);
+  AEUP_LAUNCH((sum_gradients<T, V, kPiecewise>), sums.splits * sums.tiles, kNormBlock, 0, stream, sums);
+  return launch_after<input_gradient<T, V, kPiecewise>>(grid, stream, p);
+}
+
+}  // namespace
+
+const char* launch_batch_norm_backward(const BatchNorm& b, void* workspace, void* stream) {
+  if (b.n * b.c * b.pixels == 0) return nullptr;
+  if (!b.input_grad && !b.weight_grad && !b.bias_grad) return nullptr;
+  if ((b.training || b.weight_grad || b.bias_grad) && !workspace) return "the sums need a workspace";
+  return with_type(b.dtype, [&](auto t) -> const char* {
+    using T = decltype(t);
+    if constexpr (kNormWide<T> > 1) {
+      if (in_vectors<T>(b, b.input_grad))
+        return is_piecewise_norm(b.activation) ? run_as<T, kNormWide<T>, true>(b, workspace, stream)
+                                               : run_as<T, kNormWide<T>, false>(b, workspace, stream);
+    }
+    return run_as<T, 1, false>(b, workspace, stream);
+  });
+}
+
+}  // namespace aeup

@@ -1,0 +1,132 @@
+// The compiled operators of batch normalisation with the activation after it: torch.ops.aeup_native.batch_norm*. They
+// are kernels without autograd; aeup/ops/batch_norm.py builds the public operators on them.
+#include "ops_convolution.h"
+#ifdef AEUP_WITH_CUDA
+#include "cuda/batch_norm.h"
+#endif
+
+namespace {
+
+using torch::stable::Tensor;
+
+constexpr const char* kName = "aeup.batch_norm";
+
+#ifdef AEUP_WITH_CUDA
+using aeup::ScalarType;
+using aeup::sizes;
+using Optional = std::optional<Tensor>;
+
+ScalarType arithmetic(aeup::DType t) { return t == aeup::DType::f64 ? ScalarType::Double : ScalarType::Float; }
+
+aeup::BatchNorm describe(const Tensor& input, bool training, double momentum, double eps, int64_t activation,
+                         double slope) {
+  aeup::check(kName, input, "input", 4);
+  aeup::BatchNorm b{};
+  b.dtype = aeup::float_dtype_of(kName, input);
+  b.activation = aeup::activation_of(kName, activation);
+  b.n = input.size(0), b.c = input.size(1), b.pixels = input.size(2) * input.size(3);
+  b.channels_last = aeup::suggests_channels_last(input);
+  b.training = training, b.momentum = momentum, b.eps = eps, b.slope = slope;
+  if (input.numel() == 0) aeup::fail(kName, "the input is empty");
+  return b;
+}
+// A [c] tensor of `dtype` that the kernels may read and write as it lies.
+void* channels(const aeup::BatchNorm& b, const Tensor& input, const Tensor& x, ScalarType dtype, const char* name) {
+  if (x.dim() != 1 || x.size(0) != b.c)
+    aeup::fail(kName, std::string(name) + " must have " + std::to_string(b.c) + " elements");
+  if (x.scalar_type() != dtype) aeup::fail(kName, std::string(name) + " has another dtype");
+  if (x.device() != input.device()) aeup::fail(kName, std::string(name) + " is on another device");
+  if (b.c > 1 && x.stride(0) != 1) aeup::fail(kName, std::string(name) + " must be contiguous");
+  return const_cast<void*>(x.const_data_ptr());
+}
+// The dtype of the parameters, one for all: the input's or that of the arithmetic.
+ScalarType set_narrow(aeup::BatchNorm* b, const Tensor& input, const Optional& one, const Optional& other) {
+  const Optional& first = one ? one : other;
+  b->narrow = first && first->scalar_type() == input.scalar_type() && input.scalar_type() != arithmetic(b->dtype);
+  return b->narrow ? input.scalar_type() : arithmetic(b->dtype);
+}
+Tensor empty_channels(const aeup::BatchNorm& b, const Tensor& input, ScalarType dtype) {
+  return torch::stable::empty(std::vector<int64_t>{b.c}, dtype, std::nullopt, input.device());
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& given, const Optional& weight, const Optional& bias,
+                                           const Optional& running_mean, const Optional& running_var,
+                                           const Optional& counter, bool training, double momentum, double eps,
+                                           int64_t activation, double slope) {
+  aeup::BatchNorm b = describe(given, training, momentum, eps, activation, slope);
+  if (bool(running_mean) != bool(running_var)) aeup::fail(kName, "running_mean and running_var belong together");
+  if (!training && !running_mean) aeup::fail(kName, "running statistics are needed outside training");
+  if (counter &&
+      (counter->scalar_type() != ScalarType::Long || counter->numel() != 1 || counter->device() != given.device()))
+    aeup::fail(kName, "the counter must be one int64 on the input's device");
+  const torch::stable::accelerator::DeviceGuard guard(given.get_device_index());
+  const Tensor input = aeup::dense(given, b.channels_last);
+  b.input = input.const_data_ptr();
+  const ScalarType dtype = set_narrow(&b, given, running_mean, weight ? weight : bias);
+  if (weight) b.weight = channels(b, given, *weight, dtype, "weight");
+  if (bias) b.bias = channels(b, given, *bias, dtype, "bias");
+  if (running_mean) {
+    b.running_mean = b.next_mean = channels(b, given, *running_mean, dtype, "running_mean");
+    b.running_var = b.next_var = channels(b, given, *running_var, dtype, "running_var");
+  }
+  if (counter) b.counter = b.next_counter = static_cast<int64_t*>(counter->mutable_data_ptr());
+  Tensor output = aeup::empty_like(input, sizes(input), b.channels_last);
+  Tensor mean = empty_channels(b, given, arithmetic(b.dtype)), invstd = empty_channels(b, given, arithmetic(b.dtype));
+  b.output = output.mutable_data_ptr(), b.mean = mean.mutable_data_ptr(), b.invstd = invstd.mutable_data_ptr();
+  void* const stream = aeup::current_stream(kName, given);
+  const aeup::Workspace workspace(given, training ? aeup::batch_norm_workspace(b) : 0);
+  if (const char* error = aeup::launch_batch_norm(b, workspace.data, stream))
+    aeup::fail(kName, std::string("CUDA kernel: ") + error);
+  return {output, mean, invstd};
+}
+
+// What is not wanted is an empty tensor.
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& given_grad, const Tensor& given, const Tensor& mean,
+                                            const Tensor& invstd, const Optional& weight, const Optional& bias,
+                                            bool training, int64_t activation, double slope, bool want_input,
+                                            bool want_weight, bool want_bias) {
+  aeup::BatchNorm b = describe(given, training, 0.0, 0.0, activation, slope);
+  aeup::check_beside(kName, given, given_grad, "grad");
+  if (sizes(given_grad) != sizes(given)) aeup::fail(kName, "grad and input differ in size");
+  const torch::stable::accelerator::DeviceGuard guard(given.get_device_index());
+  const Tensor input = aeup::dense(given, b.channels_last), grad = aeup::dense(given_grad, b.channels_last);
+  b.input = input.const_data_ptr(), b.grad = grad.const_data_ptr();
+  b.mean = channels(b, given, mean, arithmetic(b.dtype), "mean");
+  b.invstd = channels(b, given, invstd, arithmetic(b.dtype), "invstd");
+  const ScalarType dtype = set_narrow(&b, given, weight, bias);
+  if (weight) b.weight = channels(b, given, *weight, dtype, "weight");
+  if (bias) b.bias = channels(b, given, *bias, dtype, "bias");
+  const Tensor none = aeup::empty_like(input, {0}, false);
+  Tensor input_grad = want_input ? aeup::empty_like(input, sizes(input), b.channels_last) : none;
+  Tensor weight_grad = want_weight ? empty_channels(b, given, dtype) : none,
+         bias_grad = want_bias ? empty_channels(b, given, dtype) : none;
+  b.input_grad = want_input ? input_grad.mutable_data_ptr() : nullptr;
+  b.weight_grad = want_weight ? weight_grad.mutable_data_ptr() : nullptr;
+  b.bias_grad = want_bias ? bias_grad.mutable_data_ptr() : nullptr;
+  void* const stream = aeup::current_stream(kName, given);
+  const aeup::Workspace workspace(given, training || want_weight || want_bias ? aeup::batch_norm_workspace(b) : 0);
+  if (const char* error = aeup::launch_batch_norm_backward(b, workspace.data, stream))
+    aeup::fail(kName, std::string("CUDA kernel: ") + error);
+  return {input_grad, weight_grad, bias_grad};
+}
+#endif
+
+STABLE_TORCH_LIBRARY_FRAGMENT(aeup_native, m) {
+  m.def(
+      "batch_norm(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+      "Tensor(c!)? counter, bool training, float momentum, float eps, int activation, float slope) -> "
+      "(Tensor, Tensor, Tensor)");
+  m.def(
+      "batch_norm_backward(Tensor grad, Tensor input, Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias, "
+      "bool training, int activation, float slope, bool want_input, bool want_weight, bool want_bias) -> "
+      "(Tensor, Tensor, Tensor)");
+}
+
+#ifdef AEUP_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(aeup_native, CUDA, m) {
+  m.impl("batch_norm", TORCH_BOX(&forward));
+  m.impl("batch_norm_backward", TORCH_BOX(&backward));
+}
+#endif
+
+}  // namespace
