@@ -82,6 +82,8 @@ inline Early early_of(const Phases& a) {
   return early;
 }
 
+inline bool has_epilogue(const Convolution& c) { return c.bias || c.activation != Activation::none; }
+
 // Keeps what `plan` finds for a problem: it searches for microseconds, and a model asks for the same few every time.
 template <class Plan>
 const Choice& remembered(const Convolution& c, Pass pass, Plan plan) {
@@ -94,8 +96,8 @@ const Choice& remembered(const Convolution& c, Pass pass, Plan plan) {
     }
   };
   thread_local std::unordered_map<Key, Choice, Hash> known;
-  const bool smooth = c.activation > Activation::relu;
-  const int64_t kind = (((int64_t(c.dtype) * 2 + c.tf32) * 2 + c.channels_last) * 2 + smooth) * 4 + int64_t(pass);
+  const bool end = pass == Pass::forward ? c.activation > Activation::relu : has_epilogue(c);  // what plans depend on
+  const int64_t kind = (((int64_t(c.dtype) * 2 + c.tf32) * 2 + c.channels_last) * 2 + end) * 4 + int64_t(pass);
   const Key key{kind, c.n,  c.ci, c.co, c.ih, c.iw, c.oh, c.ow,           c.kh,
                 c.kw, c.sh, c.sw, c.ph, c.pw, c.dh, c.dw, forced_config()};
   const auto found = known.find(key);
