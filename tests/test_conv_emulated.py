@@ -297,11 +297,14 @@ def test_few_layouts_of_the_weight(emulated):  # noqa: F811
 
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 def test_few_channels_of_many(emulated, layout):  # noqa: F811
-    """More groups of channels than warps, several tiles per block, tf32."""
+    """More groups of channels than warps, several tiles or strips per block, tf32, pointers off alignment."""
     check(emulated, Case((1, 136, 3, 12), 1), F32, *LAYOUTS[layout], "few")
     check(emulated, Case((1, 72, 9, 4), 4), BF16, *LAYOUTS[layout], "few")
     check(emulated, Case((3, 16, 17, 4), 3), F16, *LAYOUTS[layout], "few")
     check(emulated, Case((1, 40, 4, 8), 3), F32, *LAYOUTS[layout], "few", tf32=True)
+    check(emulated, Case((2, 20, 9, 40), 3), F32, *LAYOUTS[layout], "few", tf32=True)
+    check(emulated, Case((3, 72, 6, 70), 4), F32, *LAYOUTS[layout], "few", offset=1)
+    check(emulated, Case((3, 36, 5, 24), 2), BF16, *LAYOUTS[layout], "few", offset=1, activation="tanh")
 
 
 @pytest.mark.parametrize(

@@ -164,5 +164,30 @@ struct Window {
   int shift_h, shift_w, kh, kw;
 };
 inline Window window_of(const Convolution& c) { return {1 - c.ph, 1 - c.pw, c.kh, c.kw}; }
+// Where output channel co has tap (th, tw) of the window in the weight of an input channel; -1: outside of the kernel.
+AEUP_DEV int window_tap(const WeightStrides& s, const Window& v, int co, int th, int tw) {
+  const int kh = th - v.shift_h, kw = tw - v.shift_w;
+  const bool inside = unsigned(kh) < unsigned(v.kh) && unsigned(kw) < unsigned(v.kw);
+  return inside ? int(co * s.co + kh * s.h + kw * s.w) : -1;
+}
+
+// --- results of the forward pass ---
+// Where element e of a staged line is: lanes that read 8 elements each meet in fewer banks.
+AEUP_HD int staged(int e) { return e + (e >> 3) * 2; }
+
+template <int kV>
+AEUP_DEV void activate_all(float (&v)[kV], Activation kind, float slope) {
+  if (kind == Activation::none) return;
+  if (kind == Activation::relu) {
+#pragma unroll
+    for (int k = 0; k < kV; ++k) v[k] = activate(v[k], Activation::relu, slope);
+  } else if (kind == Activation::leaky_relu) {
+#pragma unroll
+    for (int k = 0; k < kV; ++k) v[k] = activate(v[k], Activation::leaky_relu, slope);
+  } else {
+#pragma unroll
+    for (int k = 0; k < kV; ++k) v[k] = smooth_activation(v[k], kind);
+  }
+}
 
 }  // namespace aeup

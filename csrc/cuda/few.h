@@ -10,6 +10,9 @@ int64_t few_input_gradient_shared(const Convolution& c);
 int64_t few_weight_gradient_shared(const Convolution& c);
 
 const char* launch_few_forward(const Convolution& c, void* stream);
+// The part of it that walks down wide images.
+int64_t few_walk_shared(const Convolution& c);
+const char* launch_few_walk(const Convolution& c, void* stream);
 
 const char* launch_few_input_gradient(const Convolution& c, void* stream);
 

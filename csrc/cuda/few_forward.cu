@@ -45,24 +45,6 @@ struct FewShape {
   AEUP_HD static int column(int n) { return kLast ? n / kCO % 2 : n % 2; }
 };
 
-// Where element e of a staged line is: lanes that read 8 elements each meet in fewer banks.
-AEUP_HD int staged(int e) { return e + (e >> 3) * 2; }
-
-template <int kV>
-AEUP_DEV void activate_all(float (&v)[kV], Activation kind, float slope) {
-  if (kind == Activation::none) return;
-  if (kind == Activation::relu) {
-#pragma unroll
-    for (int k = 0; k < kV; ++k) v[k] = activate(v[k], Activation::relu, slope);
-  } else if (kind == Activation::leaky_relu) {
-#pragma unroll
-    for (int k = 0; k < kV; ++k) v[k] = activate(v[k], Activation::leaky_relu, slope);
-  } else {
-#pragma unroll
-    for (int k = 0; k < kV; ++k) v[k] = smooth_activation(v[k], kind);
-  }
-}
-
 template <class T, int kCO, bool kLast, bool kSplit>
 __global__ void __launch_bounds__(kThreads, 3) few_forward(Few<T> p) {
   using Q = FewShape<T, kCO, kLast, kSplit>;
@@ -176,10 +158,8 @@ __global__ void __launch_bounds__(kThreads, 3) few_forward(Few<T> p) {
     int taps[kN];  // offsets in the weight; -1: outside of the kernel
 #pragma unroll
     for (int u = 0; u < kN; ++u) {
-      const int n = u * 8 + g, kh = Q::row(n) + 2 - warp / 2 * 2 - p.window.shift_h;
-      const int kw = Q::column(n) + 2 - warp % 2 * 2 - p.window.shift_w;
-      const bool inside = n < 4 * kCO && unsigned(kh) < unsigned(p.window.kh) && unsigned(kw) < unsigned(p.window.kw);
-      taps[u] = inside ? int(Q::co(n) * p.strides.co + kh * p.strides.h + kw * p.strides.w) : -1;
+      const int n = u * 8 + g, th = Q::row(n) + 2 - warp / 2 * 2, tw = Q::column(n) + 2 - warp % 2 * 2;
+      taps[u] = n < 4 * kCO ? window_tap(p.strides, p.window, Q::co(n), th, tw) : -1;
     }
     constexpr int kBatch = 4;
     const int all = p.slabs * steps;
@@ -413,11 +393,19 @@ const char* run(const Convolution& c, void* stream) {
                          : with_channels<T, false, false>(p, c.co, plan.shared, stream);
 }
 
+// Tiles take each pixel 4 times, which costs where operands are split, and turn NCHW on its way; but a walk takes 32
+// columns at least, and its strips are short where images are small.
+bool walks(const Convolution& c) {
+  const bool split = c.dtype == DType::f32 && !c.tf32;
+  return c.iw >= (c.channels_last && !split ? 64 : 24);
+}
+
 }  // namespace
 
-int64_t few_forward_shared(const Convolution& c) { return plan_of(c).shared; }
+int64_t few_forward_shared(const Convolution& c) { return walks(c) ? few_walk_shared(c) : plan_of(c).shared; }
 
 const char* launch_few_forward(const Convolution& c, void* stream) {
+  if (walks(c)) return launch_few_walk(c, stream);
   switch (c.dtype) {
     case DType::f32: return run<float>(c, stream);
     case DType::f16: return run<Half>(c, stream);
