@@ -33,12 +33,12 @@ pytestmark = pytest.mark.usefixtures("poison")
 
 def check_all(got, exact, theirs):
     """Output and gradients within the budget; the bias gradient, a sum with cancellation, with a random walk more. In
-    float64 the reference is such a sum itself."""
+    float64 the reference is such a sum itself: twice the walk, and twice its usual length for the worst channel."""
     for mine, true, other in zip(got[:3], exact[:3], theirs[:3], strict=True):
         check_budget(mine, true, other)
     mine, true, other = got[3], exact[3], theirs[3]
     eps = torch.finfo(torch.promote_types(mine.dtype, torch.float32)).eps
-    walk = (2 if mine.dtype == torch.float64 else 1) * max(got[0].numel() / mine.numel(), 1) ** 0.5 * eps
+    walk = (4 if mine.dtype == torch.float64 else 1) * max(got[0].numel() / mine.numel(), 1) ** 0.5 * eps
     floor = 4 * torch.finfo(mine.dtype).eps * true.abs().max() + walk
     assert (mine.double() - true).abs().max() <= 2 * (other.double() - true).abs().max() + floor
 
