@@ -326,11 +326,16 @@ def test_explain():
     assert first.others["cuda"] == "the tensor is on cpu" and "no Triton kernel" in first.others["triton"]
     (rank,) = aeup.explain(aeup.batch_norm, torch.randn(2, 4, 3), None, None, training=True)
     assert "[N, C, H, W]" in rank.others["cuda"]
-    for name, reason in (("cuda", "on cpu"), ("triton", "no Triton kernel"), ("cpu", "no kernel for the CPU")):
-        with aeup.backend(name), pytest.raises(aeup.BackendError, match=reason):
-            layer(torch.randn(2, 4, 3, 3))
+    x = torch.randn(2, 4, 3, 3)
+    with aeup.backend("cuda"), pytest.raises(aeup.BackendError, match="on cpu"):
+        layer(x)
     with aeup.backend("torch"):
-        layer(torch.randn(2, 4, 3, 3))
+        want = layer(x)
+    for name, reason in (("triton", "no Triton kernel"), ("cpu", "no kernel for the CPU")):
+        with aeup.backend(name):  # between the ops of that backend
+            found = aeup.explain(layer, x)[0]
+            assert found.backend == name and reason in found.kernel
+            torch.testing.assert_close(layer(x), want)
 
 
 ONES = torch.ones(3)

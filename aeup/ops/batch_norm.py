@@ -117,12 +117,10 @@ def _cuda_refuses_backward(grad, x, mean, invstd, weight, bias, norm, wanted) ->
     return _cuda_refusal(x, weight=weight, bias=bias)
 
 
-def _no_triton(*args) -> str:
-    return "there is no Triton kernel"
-
-
-def _no_cpu(*args) -> str:
-    return "there is no kernel for the CPU: torch's norm and its activation in place serve it"
+def _without(run, what: str) -> Kernel:
+    """Of a backend that has none: asked for by name, it leaves the norm between its own ops to torch, and says so."""
+    text = f"there is no {what}: torch's norm and its activation in place serve it"
+    return Kernel(run, lambda *args: None, lambda *args: text, lambda *args: text)
 
 
 def _label(device, *args) -> str:
@@ -133,8 +131,8 @@ OP = Op(
     "aeup.batch_norm",
     {
         "cuda": Kernel(_cuda_run, _cuda_refuses, _label),
-        "triton": Kernel(reference, _no_triton),
-        "cpu": Kernel(reference, _no_cpu),
+        "triton": _without(reference, "Triton kernel"),
+        "cpu": _without(reference, "kernel for the CPU"),
         "torch": Kernel(reference, lambda *args: None),
     },
 )
@@ -142,8 +140,8 @@ BACKWARD = Op(
     "aeup.batch_norm_backward",
     {
         "cuda": Kernel(_cuda_backward, _cuda_refuses_backward, lambda *args: "sums, then the input's gradient"),
-        "triton": Kernel(_reference_backward, _no_triton),
-        "cpu": Kernel(_reference_backward, _no_cpu),
+        "triton": _without(_reference_backward, "Triton kernel"),
+        "cpu": _without(_reference_backward, "kernel for the CPU"),
         "torch": Kernel(_reference_backward, lambda *args: None),
     },
 )

@@ -51,7 +51,8 @@ def plan_key(x: Tensor, w: Tensor, bias: Tensor | None, options: tuple) -> tuple
     """All that an eager call's geometry and kernels depend on, to look its Plan up by. None for the calls that cannot
     have one: something watches or transforms the operators, or tensors or options are not of a plain kind."""
     if (
-        traced(x, w, bias)
+        w is None
+        or traced(x, w, bias)
         or transforms_active()
         or forward_ad._current_level >= 0
         or not x.layout is w.layout is torch.strided

@@ -359,34 +359,4 @@ Norm<T> plan_sums(const BatchNorm& b, void* workspace) {
   return p;
 }
 
-// The pass after the sums: set up while they still run, where the code of both is for compute capability 9.0 and
-// later; older code does not wait.
-template <auto kKernel, class P>
-const char* launch_after(int64_t grid, void* stream, const P& p) {
-#ifdef AEUP_EMULATE
-  emu::overlap_next();
-  return launch(kKernel, grid, kNormBlock, 0, stream, p);
-#else
-  static std::atomic<int> waits[64];  // by device: 0 unknown, 1 no, 2 yes
-  int device = 0, known = 0;
-  if (cudaGetDevice(&device) == cudaSuccess && device < 64) known = waits[device].load(std::memory_order_relaxed);
-  if (!known) {
-    cudaFuncAttributes f;
-    known = cudaFuncGetAttributes(&f, kKernel) == cudaSuccess && f.ptxVersion >= 90 && f.binaryVersion >= 90 ? 2 : 1;
-    if (device < 64) waits[device].store(known, std::memory_order_relaxed);
-  }
-  cudaLaunchAttribute overlap;
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  if (grid > kMaxGrid) return "grid too large";
-  config.gridDim = dim3(unsigned(grid)), config.blockDim = dim3(kNormBlock);
-  config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &overlap, config.numAttrs = known == 2;
-  const cudaError_t e = cudaLaunchKernelEx(&config, kKernel, p);
-  if (e != cudaSuccess) cudaGetLastError();  // reported here: do not leave it for the next caller
-  return e == cudaSuccess ? nullptr : cudaGetErrorString(e);
-#endif
-}
-
 }  // namespace aeup

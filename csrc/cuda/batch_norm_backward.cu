@@ -106,7 +106,7 @@ const char* run_as(const BatchNorm& b, void* workspace, void* stream) {
   const Norm<T> sums = plan_sums<T, V>(b, workspace);
   take_partials(p, sums);
   AEUP_LAUNCH((sum_gradients<T, V, kPiecewise>), sums.splits * sums.tiles, kNormBlock, 0, stream, sums);
-  return launch_after<input_gradient<T, V, kPiecewise>>(grid, stream, p);
+  return launch_after<input_gradient<T, V, kPiecewise>>(grid, kNormBlock, stream, p);
 }
 
 }  // namespace

@@ -104,7 +104,7 @@ const char* run_as(const BatchNorm& b, void* workspace, void* stream) {
   const Norm<T> sums = plan_sums<T, V>(b, workspace);
   take_partials(p, sums);
   AEUP_LAUNCH((statistics<T, V>), sums.splits * sums.tiles, kNormBlock, 0, stream, sums);
-  return launch_after<normalise<T, V, kPiecewise>>(p.splits * p.tiles, stream, p);
+  return launch_after<normalise<T, V, kPiecewise>>(p.splits * p.tiles, kNormBlock, stream, p);
 }
 
 }  // namespace

@@ -332,6 +332,11 @@ template <class... P, class... A>
 const char* launch(void (*kernel)(P...), dim3 grid, int block, size_t shared, void*, A... args) {
   return emu::run(grid, dim3(unsigned(block)), shared, [=] { kernel(args...); });
 }
+template <auto kKernel, class... A>
+const char* launch_after(int64_t grid, int block, void* stream, A... args) {
+  emu::overlap_next();
+  return launch(kKernel, dim3(unsigned(grid)), block, 0, stream, args...);
+}
 inline int multiprocessors() { return 1; }
 template <class... P>
 int blocks_per_multiprocessor(void (*)(P...), int, size_t) {
@@ -356,6 +361,30 @@ const char* launch(void (*kernel)(P...), dim3 grid, int block, size_t shared, vo
   config.dynamicSmemBytes = shared;
   config.stream = static_cast<cudaStream_t>(stream);
   const cudaError_t e = cudaLaunchKernelEx(&config, kernel, args...);
+  if (e != cudaSuccess) cudaGetLastError();  // reported here: do not leave it for the next caller
+  return e == cudaSuccess ? nullptr : cudaGetErrorString(e);
+}
+// The second of two kernels: set up while the first still runs, where the code of both is for compute capability 9.0
+// and later; older code does not wait in after_previous().
+template <auto kKernel, class... A>
+const char* launch_after(int64_t grid, int block, void* stream, A... args) {
+  static std::atomic<int> waits[64];  // by device: 0 unknown, 1 no, 2 yes
+  int device = 0, known = 0;
+  if (cudaGetDevice(&device) == cudaSuccess && device < 64) known = waits[device].load(std::memory_order_relaxed);
+  if (!known) {
+    cudaFuncAttributes f;
+    known = cudaFuncGetAttributes(&f, kKernel) == cudaSuccess && f.ptxVersion >= 90 && f.binaryVersion >= 90 ? 2 : 1;
+    if (device < 64) waits[device].store(known, std::memory_order_relaxed);
+  }
+  if (grid > kMaxGrid) return "grid too large";
+  cudaLaunchAttribute overlap;
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(unsigned(grid)), config.blockDim = dim3(unsigned(block));
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &overlap, config.numAttrs = known == 2;
+  const cudaError_t e = cudaLaunchKernelEx(&config, kKernel, args...);
   if (e != cudaSuccess) cudaGetLastError();  // reported here: do not leave it for the next caller
   return e == cudaSuccess ? nullptr : cudaGetErrorString(e);
 }

@@ -337,38 +337,6 @@ __global__ void __launch_bounds__(kBlock) add_parts(const Acc<T>* partial, T* bi
   for (int i = 1; i < kWarps; ++i) sum += sums[i][lane];
   store_one(bias + channel, sum);
 }
-#ifdef AEUP_EMULATE
-template <class T>
-const char* launch_next(const Acc<T>* partial, T* bias, int64_t parts, int64_t c, void* stream) {
-  emu::overlap_next();
-  return launch(add_parts<T>, ceil_div(c, kSector), kBlock, 0, stream, partial, bias, parts, c);
-}
-#else
-// Set up while the kernel before ends, where the code of both kernels is for compute capability 9.0 and later: older
-// code does not wait.
-template <class T>
-const char* launch_next(const Acc<T>* partial, T* bias, int64_t parts, int64_t c, void* stream) {
-  static std::atomic<int> waits[64];  // by device: 0 unknown, 1 no, 2 yes
-  int device = 0, known = 0;
-  if (cudaGetDevice(&device) == cudaSuccess && device < 64) known = waits[device].load(std::memory_order_relaxed);
-  if (!known) {
-    cudaFuncAttributes f;
-    known =
-        cudaFuncGetAttributes(&f, add_parts<T>) == cudaSuccess && f.ptxVersion >= 90 && f.binaryVersion >= 90 ? 2 : 1;
-    if (device < 64) waits[device].store(known, std::memory_order_relaxed);
-  }
-  cudaLaunchAttribute overlap;
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(unsigned(ceil_div(c, kSector))), config.blockDim = dim3(kBlock);
-  config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &overlap, config.numAttrs = known == 2;
-  const cudaError_t e = cudaLaunchKernelEx(&config, add_parts<T>, partial, bias, parts, c);
-  if (e != cudaSuccess) cudaGetLastError();  // reported here: do not leave it for the next caller
-  return e == cudaSuccess ? nullptr : cudaGetErrorString(e);
-}
-#endif
 
 bool same_offset(const EpilogueGradient& e) {
   const auto offset = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16; };
@@ -462,7 +430,8 @@ const char* run(const EpilogueGradient& e, void* workspace, void* stream) {
   const char* error =
       is_piecewise(e.activation) ? launch_first<T, true>(q, e, stream) : launch_first<T, false>(q, e, stream);
   if (error || !q.p.partial) return error;
-  return launch_next<T>(q.p.partial, static_cast<T*>(e.bias), parts, e.c, stream);
+  return launch_after<add_parts<T>>(ceil_div(e.c, int64_t(kSector)), kBlock, stream,
+                                    static_cast<const Acc<T>*>(q.p.partial), static_cast<T*>(e.bias), parts, e.c);
 }
 
 }  // namespace
