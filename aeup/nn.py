@@ -54,7 +54,22 @@ class UpsamplingBilinear2d(Upsample, nn.UpsamplingBilinear2d):
     """:class:`torch.nn.UpsamplingBilinear2d` by :func:`aeup.interpolate`: bilinear with ``align_corners=True``."""
 
 
-class ConvTranspose2d(nn.ConvTranspose2d):
+class _WithActivation:
+    """Before a module of torch: the keyword-only argument `activation`, checked and kept."""
+
+    activation: Activation = None
+
+    def __init__(self, *args, activation: Activation = None, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        if activation is not None:
+            parse_activation(activation)
+        self.activation = activation
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (f", activation={self.activation!r}" if self.activation else "")
+
+
+class ConvTranspose2d(_WithActivation, nn.ConvTranspose2d):
     """:class:`torch.nn.ConvTranspose2d` by :func:`aeup.conv_transpose2d`: the same constructor, ``state_dict``, results
     and errors, and keyword-only `activation`, applied with the bias: "relu", "leaky_relu" (or ("leaky_relu", slope)),
     "silu", "gelu", "tanh", "sigmoid" or None.
@@ -65,14 +80,6 @@ class ConvTranspose2d(nn.ConvTranspose2d):
     Raises:
         ValueError: an unknown `activation`, a `padding_mode` other than "zeros", an `output_size` out of range.
     """
-
-    activation: Activation = None
-
-    def __init__(self, *args, activation: Activation = None, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        if activation is not None:
-            parse_activation(activation)
-        self.activation = activation
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         if self.padding_mode != "zeros":
@@ -87,11 +94,8 @@ class ConvTranspose2d(nn.ConvTranspose2d):
             activation=self.activation,
         )  # fmt: skip
 
-    def extra_repr(self) -> str:
-        return super().extra_repr() + (f", activation={self.activation!r}" if self.activation else "")
 
-
-class Conv2d(nn.Conv2d):
+class Conv2d(_WithActivation, nn.Conv2d):
     """:class:`torch.nn.Conv2d`: the same constructor, ``state_dict``, results and errors, and keyword-only
     `activation` as :class:`ConvTranspose2d` has it.
 
@@ -101,14 +105,6 @@ class Conv2d(nn.Conv2d):
     Raises:
         ValueError: an unknown `activation`.
     """
-
-    activation: Activation = None
-
-    def __init__(self, *args, activation: Activation = None, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        if activation is not None:
-            parse_activation(activation)
-        self.activation = activation
 
     def forward(self, input: Tensor) -> Tensor:
         return self.activated(input, self.activation)
@@ -120,7 +116,7 @@ class Conv2d(nn.Conv2d):
                 input, self.weight, self.bias, scale_factor=1, padding=self.padding, groups=self.groups,
                 activation=activation,
             )  # fmt: skip
-        note_torch("aeup.upsample_conv2d", f"{list(input.shape)}, {super().extra_repr()}", reason)
+        note_torch("aeup.upsample_conv2d", f"{list(input.shape)}, {nn.Conv2d.extra_repr(self)}", reason)
         y = super().forward(input)
         return activate(y, *parse_activation(activation)) if activation else y
 
@@ -131,9 +127,6 @@ class Conv2d(nn.Conv2d):
             return "serves 4-D input of the weight's dtype"
         plain = self.stride == self.dilation == (1, 1) and self.padding_mode == "zeros"
         return None if plain else "serves stride 1, dilation 1 and padding_mode 'zeros'"
-
-    def extra_repr(self) -> str:
-        return super().extra_repr() + (f", activation={self.activation!r}" if self.activation else "")
 
 
 class UpsampleConv2d(nn.Module):
@@ -216,7 +209,7 @@ class UpsampleConv2d(nn.Module):
         return text + (f", activation={self.activation!r}" if self.activation else "")
 
 
-class BatchNorm2d(nn.BatchNorm2d):
+class BatchNorm2d(_WithActivation, nn.BatchNorm2d):
     """:class:`torch.nn.BatchNorm2d` by :func:`aeup.batch_norm`: the same constructor, ``state_dict``, results and
     errors, and keyword-only `activation`, applied to the result as it is written: "relu", "leaky_relu" (or
     ("leaky_relu", slope)), "silu", "gelu", "tanh", "sigmoid" or None.
@@ -227,14 +220,6 @@ class BatchNorm2d(nn.BatchNorm2d):
     Raises:
         ValueError: an unknown `activation`, an input that is not 4-D, one value per channel in training.
     """
-
-    activation: Activation = None
-
-    def __init__(self, *args, activation: Activation = None, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        if activation is not None:
-            parse_activation(activation)
-        self.activation = activation
 
     def forward(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)
@@ -253,9 +238,6 @@ class BatchNorm2d(nn.BatchNorm2d):
             for mean, of_batch in zip(running, statistics, strict=True):
                 mean.lerp_(of_batch, (1 / self.num_batches_tracked).to(mean.dtype))
         return y
-
-    def extra_repr(self) -> str:
-        return super().extra_repr() + (f", activation={self.activation!r}" if self.activation else "")
 
 
 def to_conv_transpose(upsample_conv: UpsampleConv2d) -> ConvTranspose2d:
