@@ -359,4 +359,19 @@ Norm<T> plan_sums(const BatchNorm& b, void* workspace) {
   return p;
 }
 
+// f(T(), elements of a position, whether the activation is piecewise), the last two as types: vectors where the tensors
+// with `result` allow them.
+template <class F>
+const char* with_norm(const BatchNorm& b, const void* result, F f) {
+  return with_type(b.dtype, [&](auto t) -> const char* {
+    using T = decltype(t);
+    if constexpr (kNormWide<T> > 1) {
+      const std::integral_constant<int, kNormWide<T>> v;
+      if (in_vectors<T>(b, result))
+        return is_piecewise_norm(b.activation) ? f(t, v, std::true_type()) : f(t, v, std::false_type());
+    }
+    return f(t, std::integral_constant<int, 1>(), std::false_type());
+  });
+}
+
 }  // namespace aeup

@@ -115,14 +115,8 @@ const char* launch_batch_norm_backward(const BatchNorm& b, void* workspace, void
   if (b.n * b.c * b.pixels == 0) return nullptr;
   if (!b.input_grad && !b.weight_grad && !b.bias_grad) return nullptr;
   if ((b.training || b.weight_grad || b.bias_grad) && !workspace) return "the sums need a workspace";
-  return with_type(b.dtype, [&](auto t) -> const char* {
-    using T = decltype(t);
-    if constexpr (kNormWide<T> > 1) {
-      if (in_vectors<T>(b, b.input_grad))
-        return is_piecewise_norm(b.activation) ? run_as<T, kNormWide<T>, true>(b, workspace, stream)
-                                               : run_as<T, kNormWide<T>, false>(b, workspace, stream);
-    }
-    return run_as<T, 1, false>(b, workspace, stream);
+  return with_norm(b, b.input_grad, [&](auto t, auto v, auto piecewise) {
+    return run_as<decltype(t), v(), piecewise()>(b, workspace, stream);
   });
 }
 

@@ -124,14 +124,8 @@ int64_t batch_norm_workspace(const BatchNorm& b) {
 const char* launch_batch_norm(const BatchNorm& b, void* workspace, void* stream) {
   if (b.n * b.c * b.pixels == 0) return nullptr;
   if (b.training && !workspace) return "the statistics need a workspace";
-  return with_type(b.dtype, [&](auto t) -> const char* {
-    using T = decltype(t);
-    if constexpr (kNormWide<T> > 1) {
-      if (in_vectors<T>(b, b.output))
-        return is_piecewise_norm(b.activation) ? run_as<T, kNormWide<T>, true>(b, workspace, stream)
-                                               : run_as<T, kNormWide<T>, false>(b, workspace, stream);
-    }
-    return run_as<T, 1, false>(b, workspace, stream);
+  return with_norm(b, b.output, [&](auto t, auto v, auto piecewise) {
+    return run_as<decltype(t), v(), piecewise()>(b, workspace, stream);
   });
 }
 

@@ -190,4 +190,29 @@ AEUP_DEV void activate_all(float (&v)[kV], Activation kind, float slope) {
   }
 }
 
+// --- which kernel ---
+// f(T(), channels-last, products of split operands), the last two as types.
+template <class F>
+const char* with_operands(const Convolution& c, F f) {
+  const auto by_layout = [&](auto t, auto split) {
+    return c.channels_last ? f(t, std::true_type(), split) : f(t, std::false_type(), split);
+  };
+  switch (c.dtype) {
+    case DType::f32: return c.tf32 ? by_layout(float(), std::false_type()) : by_layout(float(), std::true_type());
+    case DType::f16: return by_layout(Half(), std::false_type());
+    case DType::bf16: return by_layout(BFloat16(), std::false_type());
+    default: return "unsupported dtype";
+  }
+}
+// f(the number of output channels, as a type).
+template <class F>
+const char* with_channels(const Convolution& c, F f) {
+  switch (c.co) {
+    case 1: return f(std::integral_constant<int, 1>());
+    case 2: return f(std::integral_constant<int, 2>());
+    case 3: return f(std::integral_constant<int, 3>());
+    default: return f(std::integral_constant<int, 4>());
+  }
+}
+
 }  // namespace aeup

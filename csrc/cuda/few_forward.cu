@@ -357,17 +357,8 @@ const char* start(const Few<T>& p, int64_t shared, void* stream) {
   AEUP_LAUNCH(kernel, min(p.tiles, fit * multiprocessors()), kThreads, size_t(shared), stream, p);
   return nullptr;
 }
-template <class T, bool kLast, bool kSplit>
-const char* with_channels(const Few<T>& p, int64_t co, int64_t shared, void* stream) {
-  switch (co) {
-    case 1: return start<T, 1, kLast, kSplit>(p, shared, stream);
-    case 2: return start<T, 2, kLast, kSplit>(p, shared, stream);
-    case 3: return start<T, 3, kLast, kSplit>(p, shared, stream);
-    default: return start<T, 4, kLast, kSplit>(p, shared, stream);
-  }
-}
 
-template <class T>
+template <class T, bool kLast, bool kSplit>
 const char* run(const Convolution& c, void* stream) {
   const Plan plan = plan_of(c);
   Few<T> p{};
@@ -384,13 +375,7 @@ const char* run(const Convolution& c, void* stream) {
   p.by_columns = Divider(plan.columns), p.by_units = Divider(p.units);
   p.alignment = alignment_of(c.input, (c.channels_last ? c.ci : c.iw) * int64_t(sizeof(T)));
   p.activation = c.activation, p.slope = float(c.slope);
-  if constexpr (std::is_same_v<T, float>) {
-    if (!c.tf32)
-      return c.channels_last ? with_channels<T, true, true>(p, c.co, plan.shared, stream)
-                             : with_channels<T, false, true>(p, c.co, plan.shared, stream);
-  }
-  return c.channels_last ? with_channels<T, true, false>(p, c.co, plan.shared, stream)
-                         : with_channels<T, false, false>(p, c.co, plan.shared, stream);
+  return with_channels(c, [&](auto co) { return start<T, co(), kLast, kSplit>(p, plan.shared, stream); });
 }
 
 // Tiles take each pixel 4 times, which costs where operands are split, and turn NCHW on its way; but a walk takes 32
@@ -406,12 +391,7 @@ int64_t few_forward_shared(const Convolution& c) { return walks(c) ? few_walk_sh
 
 const char* launch_few_forward(const Convolution& c, void* stream) {
   if (walks(c)) return launch_few_walk(c, stream);
-  switch (c.dtype) {
-    case DType::f32: return run<float>(c, stream);
-    case DType::f16: return run<Half>(c, stream);
-    case DType::bf16: return run<BFloat16>(c, stream);
-    default: return "unsupported dtype";
-  }
+  return with_operands(c, [&](auto t, auto last, auto split) { return run<decltype(t), last(), split()>(c, stream); });
 }
 
 }  // namespace aeup

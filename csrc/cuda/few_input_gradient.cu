@@ -271,19 +271,10 @@ const char* start(FewGradient<T>& p, void* stream) {
   AEUP_LAUNCH(kernel, blocks, kThreads, shared, stream, p);
   return nullptr;
 }
-template <class T, bool kLast, bool kSplit>
-const char* with_channels(FewGradient<T>& p, int64_t co, void* stream) {
-  switch (co) {
-    case 1: return start<T, 1, kLast, kSplit>(p, stream);
-    case 2: return start<T, 2, kLast, kSplit>(p, stream);
-    case 3: return start<T, 3, kLast, kSplit>(p, stream);
-    default: return start<T, 4, kLast, kSplit>(p, stream);
-  }
-}
 
 int segments_of(const Convolution& c) { return c.iw <= 32 ? 1 : 2; }
 
-template <class T>
+template <class T, bool kLast, bool kSplit>
 const char* run(const Convolution& c, void* stream) {
   FewGradient<T> p{};
   p.grad = static_cast<const T*>(c.grad), p.weight = static_cast<const T*>(c.weight);
@@ -300,13 +291,7 @@ const char* run(const Convolution& c, void* stream) {
   p.by_pieces = Divider(p.pieces);
   p.grad_alignment = alignment_of(c.grad, element * c.ow * int64_t(sizeof(T)));
   p.alignment = alignment_of(c.result, (c.channels_last ? c.ci : c.iw) * int64_t(sizeof(T)));
-  if constexpr (std::is_same_v<T, float>) {
-    if (!c.tf32)
-      return c.channels_last ? with_channels<T, true, true>(p, c.co, stream)
-                             : with_channels<T, false, true>(p, c.co, stream);
-  }
-  return c.channels_last ? with_channels<T, true, false>(p, c.co, stream)
-                         : with_channels<T, false, false>(p, c.co, stream);
+  return with_channels(c, [&](auto co) { return start<T, co(), kLast, kSplit>(p, stream); });
 }
 
 }  // namespace
@@ -318,12 +303,7 @@ int64_t few_input_gradient_shared(const Convolution& c) {
 }
 
 const char* launch_few_input_gradient(const Convolution& c, void* stream) {
-  switch (c.dtype) {
-    case DType::f32: return run<float>(c, stream);
-    case DType::f16: return run<Half>(c, stream);
-    case DType::bf16: return run<BFloat16>(c, stream);
-    default: return "unsupported dtype";
-  }
+  return with_operands(c, [&](auto t, auto last, auto split) { return run<decltype(t), last(), split()>(c, stream); });
 }
 
 }  // namespace aeup

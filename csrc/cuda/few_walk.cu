@@ -349,18 +349,8 @@ const char* start(FewWalk<T>& p, int64_t images, int64_t shared, void* stream) {
   AEUP_LAUNCH(kernel, ceil_div(p.strips, per_block), Q::kThreads, size_t(shared), stream, p);
   return nullptr;
 }
-template <class T, bool kLast, bool kSplit>
-const char* with_channels(FewWalk<T>& p, const Convolution& c, void* stream) {
-  const int64_t shared = shared_bytes(c);
-  switch (c.co) {
-    case 1: return start<T, 1, kLast, kSplit>(p, c.n, shared, stream);
-    case 2: return start<T, 2, kLast, kSplit>(p, c.n, shared, stream);
-    case 3: return start<T, 3, kLast, kSplit>(p, c.n, shared, stream);
-    default: return start<T, 4, kLast, kSplit>(p, c.n, shared, stream);
-  }
-}
 
-template <class T>
+template <class T, bool kLast, bool kSplit>
 const char* run(const Convolution& c, void* stream) {
   using Q = WalkShape<T, 1, false>;
   FewWalk<T> p{};
@@ -380,11 +370,7 @@ const char* run(const Convolution& c, void* stream) {
   p.units = int(ceil_div(pixels * (c.channels_last ? c.co : 1), 16 / int64_t(sizeof(T)))) + 1;
   p.by_units = Divider(p.units);
   p.activation = c.activation, p.slope = float(c.slope);
-  if constexpr (std::is_same_v<T, float>) {
-    if (!c.tf32)
-      return c.channels_last ? with_channels<T, true, true>(p, c, stream) : with_channels<T, false, true>(p, c, stream);
-  }
-  return c.channels_last ? with_channels<T, true, false>(p, c, stream) : with_channels<T, false, false>(p, c, stream);
+  return with_channels(c, [&](auto co) { return start<T, co(), kLast, kSplit>(p, c.n, shared_bytes(c), stream); });
 }
 
 }  // namespace
@@ -392,12 +378,7 @@ const char* run(const Convolution& c, void* stream) {
 int64_t few_walk_shared(const Convolution& c) { return shared_bytes(c); }
 
 const char* launch_few_walk(const Convolution& c, void* stream) {
-  switch (c.dtype) {
-    case DType::f32: return run<float>(c, stream);
-    case DType::f16: return run<Half>(c, stream);
-    case DType::bf16: return run<BFloat16>(c, stream);
-    default: return "unsupported dtype";
-  }
+  return with_operands(c, [&](auto t, auto last, auto split) { return run<decltype(t), last(), split()>(c, stream); });
 }
 
 }  // namespace aeup

@@ -281,17 +281,8 @@ const char* start(FewWeight<T>& p, void* stream) {
   AEUP_LAUNCH(kernel, p.splits * p.groups, kThreads, size_t(WeightShape<T, kCO, kLast, kSplit>::kShared), stream, p);
   return nullptr;
 }
-template <class T, bool kLast, bool kSplit>
-const char* with_channels(FewWeight<T>& p, int64_t co, void* stream) {
-  switch (co) {
-    case 1: return start<T, 1, kLast, kSplit>(p, stream);
-    case 2: return start<T, 2, kLast, kSplit>(p, stream);
-    case 3: return start<T, 3, kLast, kSplit>(p, stream);
-    default: return start<T, 4, kLast, kSplit>(p, stream);
-  }
-}
 
-template <class T>
+template <class T, bool kLast, bool kSplit>
 const char* multiply(const Convolution& c, const Tiles& t, void* workspace, void* stream) {
   FewWeight<T> p{};
   p.input = static_cast<const T*>(c.input), p.grad = static_cast<const T*>(c.grad);
@@ -306,19 +297,13 @@ const char* multiply(const Convolution& c, const Tiles& t, void* workspace, void
   p.step_rows = int(rows % t.row_tiles), p.step_images = rows / t.row_tiles;
   p.input_alignment = alignment_of(c.input, (c.channels_last ? c.ci : c.iw) * int64_t(sizeof(T)));
   p.grad_alignment = alignment_of(c.grad, (c.channels_last ? c.co : 1) * c.ow * int64_t(sizeof(T)));
-  if constexpr (std::is_same_v<T, float>) {
-    if (!c.tf32)
-      return c.channels_last ? with_channels<T, true, true>(p, c.co, stream)
-                             : with_channels<T, false, true>(p, c.co, stream);
-  }
-  return c.channels_last ? with_channels<T, true, false>(p, c.co, stream)
-                         : with_channels<T, false, false>(p, c.co, stream);
+  return with_channels(c, [&](auto co) { return start<T, co(), kLast, kSplit>(p, stream); });
 }
-template <class T>
+template <class T, bool kLast, bool kSplit>
 const char* run(const Convolution& c, void* workspace, void* stream) {
   if (!workspace) return "the weight gradient needs a workspace";
   const Tiles t = tiles_of(c);
-  if (const char* error = multiply<T>(c, t, workspace, stream)) return error;
+  if (const char* error = multiply<T, kLast, kSplit>(c, t, workspace, stream)) return error;
   return launch_add_partials<T>(c, workspace, t.splits, stream);
 }
 }  // namespace
@@ -328,12 +313,8 @@ int64_t few_weight_gradient_shared(const Convolution& c) { return block_of(c).sh
 int64_t few_weight_gradient_workspace(const Convolution& c) { return tiles_of(c).splits * partial_bytes(c); }
 
 const char* launch_few_weight_gradient(const Convolution& c, void* workspace, void* stream) {
-  switch (c.dtype) {
-    case DType::f32: return run<float>(c, workspace, stream);
-    case DType::f16: return run<Half>(c, workspace, stream);
-    case DType::bf16: return run<BFloat16>(c, workspace, stream);
-    default: return "unsupported dtype";
-  }
+  return with_operands(
+      c, [&](auto t, auto last, auto split) { return run<decltype(t), last(), split()>(c, workspace, stream); });
 }
 
 }  // namespace aeup

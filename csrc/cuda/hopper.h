@@ -15,6 +15,14 @@ const char* make_map(CUtensorMap* map, DType dtype, const void* data, int rank, 
 const char* make_map(CUtensorMap* map, CUtensorMapDataType type, int bytes, const void* data, int rank,
                      const int64_t* size, const int64_t* stride, const int* box);
 
+// The pixels of each phase of a gradient in memory [n, oh, ow, channels], row a and column b of the stride's in
+// maps[a * sw + b]. A phase without pixels has the first one's map: no tap within the gradient asks for it.
+const char* map_phases(CUtensorMap* maps, CUtensorMapDataType type, int bytes, const void* grad, const Convolution& c,
+                       int64_t channels, const int* box);
+inline CUtensorMapDataType map_type(DType dtype) {
+  return dtype == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+}
+
 struct GemmParams;
 struct GemmConfig {
   int bm, bn;

@@ -46,8 +46,24 @@ const char* make_map(CUtensorMap* map, CUtensorMapDataType type, int bytes, cons
 }
 const char* make_map(CUtensorMap* map, DType dtype, const void* data, int rank, const int64_t* size,
                      const int64_t* stride, const int* box) {
-  const auto type = dtype == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  return make_map(map, type, 2, data, rank, size, stride, box);
+  return make_map(map, map_type(dtype), 2, data, rank, size, stride, box);
+}
+
+const char* map_phases(CUtensorMap* maps, CUtensorMapDataType type, int bytes, const void* grad, const Convolution& c,
+                       int64_t channels, const int* box) {
+  for (int a = 0; a < c.sh; ++a)
+    for (int b = 0; b < c.sw; ++b) {
+      CUtensorMap* map = maps + a * c.sw + b;
+      if (a >= c.oh || b >= c.ow) {
+        *map = maps[0];
+        continue;
+      }
+      const int64_t size[4] = {channels, ceil_div(c.ow - b, c.sw), ceil_div(c.oh - a, c.sh), c.n};
+      const int64_t stride[3] = {c.sw * channels, c.sh * c.ow * channels, c.oh * c.ow * channels};
+      const auto* first = static_cast<const char*>(grad) + (a * c.ow + b) * channels * bytes;
+      if (const char* e = make_map(map, type, bytes, first, 4, size, stride, box)) return e;
+    }
+  return nullptr;
 }
 
 Box choose_box(int64_t n, int64_t h, int64_t w, int most, bool exact) {
@@ -275,13 +291,7 @@ const char* launch_input_gradient(const Convolution& c, const void* grad, const 
   const Box box = best.box;
   const int bn = turned ? kNchwConfigs[best.config].bm : kGemmConfigs[best.config].bn;
   const int boxes[4] = {64, box.w, box.h, box.n};
-  for (int a = 0; a < c.sh && a < c.oh; ++a)
-    for (int b = 0; b < c.sw && b < c.ow; ++b) {
-      const int64_t size[4] = {co8, ceil_div(c.ow - b, c.sw), ceil_div(c.oh - a, c.sh), c.n};
-      const int64_t stride[3] = {c.sw * co8, c.sh * c.ow * co8, c.oh * c.ow * co8};
-      const auto* first = static_cast<const uint16_t*>(grad) + (a * c.ow + b) * co8;
-      if (const char* e = make_map(&p.source[a * c.sw + b], c.dtype, first, 4, size, stride, boxes)) return e;
-    }
+  if (const char* e = map_phases(p.source, map_type(c.dtype), 2, grad, c, co8, boxes)) return e;
   int taps = 0;
   for (int i = 0; i < c.kh; ++i)
     for (int j = 0; j < c.kw; ++j) {

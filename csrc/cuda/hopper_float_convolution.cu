@@ -92,11 +92,8 @@ const char* finish(GemmParams* p, const Convolution& c, const Choice& choice, co
   return launch(*p, choice.config, !c.channels_last, stream);
 }
 
-const char* make_source(CUtensorMap* map, const Convolution& c, const Box& box, const void* data, const int64_t* size,
-                        const int64_t* stride) {
-  const int boxes[4] = {32, box.w, box.h, box.n};
-  return make_map(map, c.tf32 ? CU_TENSOR_MAP_DATA_TYPE_TFLOAT32 : CU_TENSOR_MAP_DATA_TYPE_INT32, 4, data, 4, size,
-                  stride, boxes);
+CUtensorMapDataType source_type(const Convolution& c) {
+  return c.tf32 ? CU_TENSOR_MAP_DATA_TYPE_TFLOAT32 : CU_TENSOR_MAP_DATA_TYPE_INT32;
 }
 
 const char* launch_forward(const Convolution& c, const void* x, Operand w, void* out, void* stream) {
@@ -124,7 +121,8 @@ const char* launch_forward(const Convolution& c, const void* x, Operand w, void*
     }
   const int64_t ci4 = round_up(c.ci, 4);
   const int64_t size[4] = {ci4, c.iw, c.ih, c.n}, stride[3] = {ci4, c.iw * ci4, c.ih * c.iw * ci4};
-  if (const char* e = make_source(&p.source[0], c, choice.box, x, size, stride)) return e;
+  const int boxes[4] = {32, choice.box.w, choice.box.h, choice.box.n};
+  if (const char* e = make_map(&p.source[0], source_type(c), 4, x, 4, size, stride, boxes)) return e;
   p.groups = columns ? 1 : c.sh * c.sw;
   p.out = out, p.bias = c.bias;
   p.oh = int(c.oh), p.ow = int(c.ow), p.c = int(c.co), p.columns = int(w.rows), p.stride_h = c.sh, p.stride_w = c.sw;
@@ -136,14 +134,8 @@ const char* launch_forward(const Convolution& c, const void* x, Operand w, void*
 const char* launch_input_gradient(const Convolution& c, const void* grad, Operand w, void* out, void* stream) {
   GemmParams p;
   const Choice& choice = choice_of(c, Pass::input_gradient);
-  const int64_t co4 = round_up(c.co, 4);
-  for (int a = 0; a < c.sh && a < c.oh; ++a)
-    for (int b = 0; b < c.sw && b < c.ow; ++b) {
-      const int64_t size[4] = {co4, ceil_div(c.ow - b, c.sw), ceil_div(c.oh - a, c.sh), c.n};
-      const int64_t stride[3] = {c.sw * co4, c.sh * c.ow * co4, c.oh * c.ow * co4};
-      const auto* first = static_cast<const float*>(grad) + (a * c.ow + b) * co4;
-      if (const char* e = make_source(&p.source[a * c.sw + b], c, choice.box, first, size, stride)) return e;
-    }
+  const int boxes[4] = {32, choice.box.w, choice.box.h, choice.box.n};
+  if (const char* e = map_phases(p.source, source_type(c), 4, grad, c, round_up(c.co, 4), boxes)) return e;
   int taps = 0;
   for (int i = 0; i < c.kh; ++i)
     for (int j = 0; j < c.kw; ++j) {

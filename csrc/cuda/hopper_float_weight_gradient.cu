@@ -366,19 +366,7 @@ const char* float_weight_gradient(const Convolution& c, const void* grad, void* 
   // Row ih of the input meets row sh * ih + dh * kh - ph of the gradient: row ih + shift of the phase with that
   // remainder.
   const int box[4] = {32, plan.box.w, plan.box.h, plan.box.n};
-  const int64_t co4 = round_up(c.co, 4);
-  for (int a = 0; a < c.sh; ++a)
-    for (int b = 0; b < c.sw; ++b) {
-      CUtensorMap* map = &p.grad[a * c.sw + b];
-      if (a >= c.oh || b >= c.ow) {  // no such pixel: all of the box lies outside
-        *map = p.grad[0];
-        continue;
-      }
-      const int64_t size[4] = {co4, ceil_div(c.ow - b, c.sw), ceil_div(c.oh - a, c.sh), c.n};
-      const int64_t stride[3] = {c.sw * co4, c.sh * c.ow * co4, c.oh * c.ow * co4};
-      const auto* first = static_cast<const float*>(grad) + (a * c.ow + b) * co4;
-      if (const char* e = make_map(map, type, 4, first, 4, size, stride, box)) return e;
-    }
+  if (const char* e = map_phases(p.grad, type, 4, grad, c, round_up(c.co, 4), box)) return e;
   const bool direct = plan.splits == 1 && c.weight_channels_last && !c.folded();
   p.partial = direct ? static_cast<float*>(c.result) : turned + turned_bytes(c, plan) / 4;
   p.wide = c.co % 4 == 0 && reinterpret_cast<uintptr_t>(p.partial) % 16 == 0;

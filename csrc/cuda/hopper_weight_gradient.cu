@@ -355,18 +355,7 @@ const char* hopper_weight_gradient(const Convolution& c, const void* x, const vo
   // Row ih of the input meets row sh * ih + dh * kh - ph of the gradient: row ih + shift of the phase with that
   // remainder.
   const int box[4] = {64, plan.box.w, plan.box.h + more, plan.box.n};
-  for (int a = 0; a < c.sh; ++a)
-    for (int b = 0; b < c.sw; ++b) {
-      CUtensorMap* map = &p.grad[a * c.sw + b];
-      if (a >= c.oh || b >= c.ow) {  // no such pixel: all of the box lies outside
-        *map = p.grad[0];
-        continue;
-      }
-      const int64_t size[4] = {co8, ceil_div(c.ow - b, c.sw), ceil_div(c.oh - a, c.sh), c.n};
-      const int64_t stride[4] = {1, c.sw * co8, c.sh * c.ow * co8, c.oh * c.ow * co8};
-      const auto* first = static_cast<const uint16_t*>(grad) + (a * c.ow + b) * co8;
-      if (const char* e = make_map(map, c.dtype, first, 4, size, stride + 1, box)) return e;
-    }
+  if (const char* e = map_phases(p.grad, map_type(c.dtype), 2, grad, c, co8, box)) return e;
   const bool rounded = rounds(c, plan.splits), done = at_once(c, plan.splits);
   p.partial = static_cast<float*>(workspace);
   p.rounded = done ? c.result : rounded ? workspace : nullptr;
