@@ -25,7 +25,7 @@ CSRC = ROOT / "csrc"
 TORCH_TARGET = (2, 10)  # the oldest torch that the binary loads into (stable ABI)
 ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
 HOPPER = ["-gencode=arch=compute_90a,code=sm_90a"]  # of csrc/cuda/hopper*.cu, whose instructions no other GPU has
-# Instruction sets for csrc/cpu/banded.cpp, lowest first: templates shared with the standard library are kept from
+# Instruction sets for the kernels of csrc/cpu, lowest first: templates shared with the standard library are kept from
 # the first object that has them, so this order keeps wide instructions out of narrow machines.
 ISAS = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
@@ -108,12 +108,13 @@ class BuildExt(build_ext):
             base += ["-DAEUP_WITH_CUDA", "-DUSE_CUDA", f"-I{cuda / 'include'}"]
 
         jobs = []  # (object, command), in link order
-        for source in (*sorted(s.name for s in CSRC.glob("*.cpp")), "cpu/interpolate.cpp"):
+        for source in (*sorted(s.name for s in CSRC.glob("*.cpp")), "cpu/dispatch.cpp"):
             obj = temp / (source.replace("/", "-") + ".o")
             jobs.append((obj, CSRC / source, [*base, "-c", str(CSRC / source), "-o", str(obj)]))
         for isa, flags in ISAS.items():
-            obj, source = temp / f"cpu-banded-{isa}.o", CSRC / "cpu/banded.cpp"
-            jobs.append((obj, source, [*base, f"-DAEUP_ISA={isa}", *flags, "-c", str(source), "-o", str(obj)]))
+            for source in (CSRC / "cpu/banded.cpp", CSRC / "cpu/batch_norm.cpp"):
+                obj = temp / f"cpu-{source.stem}-{isa}.o"
+                jobs.append((obj, source, [*base, f"-DAEUP_ISA={isa}", *flags, "-c", str(source), "-o", str(obj)]))
         architectures = []
         if cuda:
             flags, architectures = gencode()

@@ -1,9 +1,5 @@
 // The compiled operators: torch.ops.aeup_native.*. They are kernels without autograd; aeup/ops builds the public
 // operators on them. LibTorch stable ABI only, so that one binary serves every torch from 2.10.
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include <string>
 #include <vector>
 
@@ -25,10 +21,6 @@ aeup::DType dtype_of(const Tensor& x) {
   const auto dtype = aeup::dtype_of(x);
   if (!dtype) fail("unsupported dtype; float64, float32, float16, bfloat16 and uint8 (forward) are served");
   return *dtype;
-}
-
-void torch_parallel(int64_t n, void (*body)(int64_t, int64_t, void*), void* context) {
-  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { body(begin, end, context); });
 }
 
 // The sizes are those of the forward map; backward takes the gradient of the output as `src`.
@@ -61,18 +53,6 @@ aeup::Problem describe(const Tensor& src, int64_t ih, int64_t iw, int64_t oh, in
   return p;
 }
 
-// Outputs above malloc's largest mmap threshold (glibc) come from fresh pages every time, and touching those 4 KB at a
-// time costs more than the resampling itself.
-void prefer_huge_pages(void* data, int64_t bytes) {
-#ifdef __linux__
-  constexpr int64_t kPage = 4096, kLarge = 32 << 20;
-  if (bytes < kLarge) return;
-  const auto first = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
-  const auto last = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
-  (void)madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a hint: refusal changes nothing
-#endif
-}
-
 template <class Launch>
 Tensor interpolate(const Tensor& given, aeup::Problem p, const Launch& launch) {
   const Tensor src = dense(given, p.channels_last);
@@ -87,10 +67,8 @@ Tensor interpolate(const Tensor& given, aeup::Problem p, const Launch& launch) {
 Tensor interpolate_cpu(const Tensor& src, int64_t ih, int64_t iw, int64_t oh, int64_t ow, int64_t mode,
                        bool align_corners, bool antialias, double scale_h, double scale_w, bool backward) {
   const auto p = describe(src, ih, iw, oh, ow, mode, align_corners, antialias, scale_h, scale_w, backward);
-  return interpolate(src, p, [](const aeup::Problem& q, const Tensor& x) {
-    const int64_t rows = q.backward ? q.ih : q.oh, columns = q.backward ? q.iw : q.ow;
-    prefer_huge_pages(q.dst, q.n * q.c * rows * columns * static_cast<int64_t>(x.element_size()));
-    aeup::interpolate_cpu(q, torch::stable::get_num_threads(), torch_parallel);
+  return interpolate(src, p, [](const aeup::Problem& q, const Tensor&) {
+    aeup::interpolate_cpu(q, torch::stable::get_num_threads(), aeup::torch_parallel);
   });
 }
 
@@ -131,12 +109,16 @@ STABLE_TORCH_LIBRARY(aeup_native, m) {
   m.def(
       "interpolate_kernel(Tensor src, int ih, int iw, int oh, int ow, int mode, bool align_corners, bool antialias, "
       "float scale_h, float scale_w, bool backward, bool cuda) -> str");
+  m.def("cpu_instruction_set() -> str");
 }
+
+std::string instruction_set() { return aeup::cpu_instruction_set(); }
 
 STABLE_TORCH_LIBRARY_IMPL(aeup_native, CPU, m) { m.impl("interpolate", TORCH_BOX(&interpolate_cpu)); }
 
 STABLE_TORCH_LIBRARY_IMPL(aeup_native, CompositeExplicitAutograd, m) {
   m.impl("interpolate_kernel", TORCH_BOX(&kernel_name));
+  m.impl("cpu_instruction_set", TORCH_BOX(&instruction_set));
 }
 
 #ifdef AEUP_WITH_CUDA

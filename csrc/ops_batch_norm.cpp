@@ -1,5 +1,6 @@
 // The compiled operators of batch normalisation with the activation after it: torch.ops.aeup_native.batch_norm*. They
 // are kernels without autograd; aeup/ops/batch_norm.py builds the public operators on them.
+#include "cpu/batch_norm.h"
 #include "ops_convolution.h"
 #ifdef AEUP_WITH_CUDA
 #include "cuda/batch_norm.h"
@@ -11,7 +12,6 @@ using torch::stable::Tensor;
 
 constexpr const char* kName = "aeup.batch_norm";
 
-#ifdef AEUP_WITH_CUDA
 using aeup::ScalarType;
 using aeup::sizes;
 using Optional = std::optional<Tensor>;
@@ -45,9 +45,23 @@ ScalarType set_narrow(aeup::BatchNorm* b, const Tensor& input, const Optional& o
   b->narrow = first && first->scalar_type() == input.scalar_type() && input.scalar_type() != arithmetic(b->dtype);
   return b->narrow ? input.scalar_type() : arithmetic(b->dtype);
 }
-Tensor empty_channels(const aeup::BatchNorm& b, const Tensor& input, ScalarType dtype) {
-  return torch::stable::empty(std::vector<int64_t>{b.c}, dtype, std::nullopt, input.device());
+Tensor empty_channels(const Tensor& input, int64_t channels, ScalarType dtype) {
+  return torch::stable::empty(std::vector<int64_t>{channels}, dtype, std::nullopt, input.device());
 }
+struct OnDevice {  // of the input, for the length of a call
+  std::optional<torch::stable::accelerator::DeviceGuard> guard;
+  explicit OnDevice(const Tensor& input) {
+    if (!input.is_cpu()) guard.emplace(input.get_device_index());
+  }
+};
+#ifdef AEUP_WITH_CUDA
+template <class Launch>
+void run_cuda(const aeup::BatchNorm& b, const Tensor& input, bool sums, Launch launch) {
+  void* const stream = aeup::current_stream(kName, input);
+  const aeup::Workspace workspace(input, sums ? aeup::batch_norm_workspace(b) : 0);
+  if (const char* error = launch(b, workspace.data, stream)) aeup::fail(kName, std::string("CUDA kernel: ") + error);
+}
+#endif
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& given, const Optional& weight, const Optional& bias,
                                            const Optional& running_mean, const Optional& running_var,
@@ -59,7 +73,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& given, const Optional& 
   if (counter &&
       (counter->scalar_type() != ScalarType::Long || counter->numel() != 1 || counter->device() != given.device()))
     aeup::fail(kName, "the counter must be one int64 on the input's device");
-  const torch::stable::accelerator::DeviceGuard guard(given.get_device_index());
+  const OnDevice guard(given);
   const Tensor input = aeup::dense(given, b.channels_last);
   b.input = input.const_data_ptr();
   const ScalarType dtype = set_narrow(&b, given, running_mean, weight ? weight : bias);
@@ -71,12 +85,14 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& given, const Optional& 
   }
   if (counter) b.counter = b.next_counter = static_cast<int64_t*>(counter->mutable_data_ptr());
   Tensor output = aeup::empty_like(input, sizes(input), b.channels_last);
-  Tensor mean = empty_channels(b, given, arithmetic(b.dtype)), invstd = empty_channels(b, given, arithmetic(b.dtype));
+  Tensor mean = empty_channels(given, b.c, arithmetic(b.dtype)),
+         invstd = empty_channels(given, b.c, arithmetic(b.dtype));
   b.output = output.mutable_data_ptr(), b.mean = mean.mutable_data_ptr(), b.invstd = invstd.mutable_data_ptr();
-  void* const stream = aeup::current_stream(kName, given);
-  const aeup::Workspace workspace(given, training ? aeup::batch_norm_workspace(b) : 0);
-  if (const char* error = aeup::launch_batch_norm(b, workspace.data, stream))
-    aeup::fail(kName, std::string("CUDA kernel: ") + error);
+  if (given.is_cpu()) aeup::batch_norm_cpu(b, aeup::torch_parallel);
+#ifdef AEUP_WITH_CUDA
+  else
+    run_cuda(b, given, training, aeup::launch_batch_norm);
+#endif
   return {output, mean, invstd};
 }
 
@@ -88,7 +104,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& given_grad, const Tens
   aeup::BatchNorm b = describe(given, training, 0.0, 0.0, activation, slope);
   aeup::check_beside(kName, given, given_grad, "grad");
   if (sizes(given_grad) != sizes(given)) aeup::fail(kName, "grad and input differ in size");
-  const torch::stable::accelerator::DeviceGuard guard(given.get_device_index());
+  const OnDevice guard(given);
   const Tensor input = aeup::dense(given, b.channels_last), grad = aeup::dense(given_grad, b.channels_last);
   b.input = input.const_data_ptr(), b.grad = grad.const_data_ptr();
   b.mean = channels(b, given, mean, arithmetic(b.dtype), "mean");
@@ -96,20 +112,21 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& given_grad, const Tens
   const ScalarType dtype = set_narrow(&b, given, weight, bias);
   if (weight) b.weight = channels(b, given, *weight, dtype, "weight");
   if (bias) b.bias = channels(b, given, *bias, dtype, "bias");
-  const Tensor none = aeup::empty_like(input, {0}, false);
-  Tensor input_grad = want_input ? aeup::empty_like(input, sizes(input), b.channels_last) : none;
-  Tensor weight_grad = want_weight ? empty_channels(b, given, dtype) : none,
-         bias_grad = want_bias ? empty_channels(b, given, dtype) : none;
+  // One tensor each where they are not wanted: results of an operator may not share memory.
+  Tensor input_grad =
+      aeup::empty_like(input, want_input ? sizes(input) : std::vector<int64_t>{0}, want_input && b.channels_last);
+  Tensor weight_grad = empty_channels(input, want_weight ? b.c : 0, dtype),
+         bias_grad = empty_channels(input, want_bias ? b.c : 0, dtype);
   b.input_grad = want_input ? input_grad.mutable_data_ptr() : nullptr;
   b.weight_grad = want_weight ? weight_grad.mutable_data_ptr() : nullptr;
   b.bias_grad = want_bias ? bias_grad.mutable_data_ptr() : nullptr;
-  void* const stream = aeup::current_stream(kName, given);
-  const aeup::Workspace workspace(given, training || want_weight || want_bias ? aeup::batch_norm_workspace(b) : 0);
-  if (const char* error = aeup::launch_batch_norm_backward(b, workspace.data, stream))
-    aeup::fail(kName, std::string("CUDA kernel: ") + error);
+  if (given.is_cpu()) aeup::batch_norm_backward_cpu(b, aeup::torch_parallel);
+#ifdef AEUP_WITH_CUDA
+  else
+    run_cuda(b, given, training || want_weight || want_bias, aeup::launch_batch_norm_backward);
+#endif
   return {input_grad, weight_grad, bias_grad};
 }
-#endif
 
 STABLE_TORCH_LIBRARY_FRAGMENT(aeup_native, m) {
   m.def(
@@ -122,6 +139,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(aeup_native, m) {
       "(Tensor, Tensor, Tensor)");
 }
 
+STABLE_TORCH_LIBRARY_IMPL(aeup_native, CPU, m) {
+  m.impl("batch_norm", TORCH_BOX(&forward));
+  m.impl("batch_norm_backward", TORCH_BOX(&backward));
+}
 #ifdef AEUP_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(aeup_native, CUDA, m) {
   m.impl("batch_norm", TORCH_BOX(&forward));

@@ -1,6 +1,9 @@
 // What the operators of ops*.cpp need to know of tensors: memory formats, dtypes, the current stream. LibTorch stable
 // ABI only, so that one binary serves every torch from 2.10.
 #pragma once
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -63,12 +66,26 @@ inline MemoryFormat format_of(bool channels_last) {
 inline Tensor dense(const Tensor& x, bool channels_last) {
   return is_dense(x, channels_last) ? x : torch::stable::contiguous(x, format_of(channels_last));
 }
+// Outputs above malloc's largest mmap threshold (glibc) come from fresh pages every time, and touching those 4 KB at a
+// time costs more than the resampling itself.
+inline void prefer_huge_pages(void* data, int64_t bytes) {
+#ifdef __linux__
+  constexpr int64_t kPage = 4096, kLarge = 32 << 20;
+  if (bytes < kLarge) return;
+  const auto first = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
+  const auto last = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
+  (void)madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a hint: refusal changes nothing
+#endif
+}
 // An uninitialised tensor. The shim's own function, not torch::stable::empty, which looks the operator up by its name
 // in every call. On a CPU that function leaves out what deterministic mode wants: to fill the memory.
 inline Tensor empty_like(const Tensor& x, const std::vector<int64_t>& size, bool channels_last, bool as_bytes = false) {
-  if (x.is_cpu())
-    return torch::stable::empty(size, x.scalar_type(), std::nullopt, x.device(), std::nullopt,
-                                format_of(channels_last));
+  if (x.is_cpu()) {
+    Tensor made =
+        torch::stable::empty(size, x.scalar_type(), std::nullopt, x.device(), std::nullopt, format_of(channels_last));
+    prefer_huge_pages(made.mutable_data_ptr(), made.numel() * int64_t(made.element_size()));
+    return made;
+  }
   int64_t strides[4];
   const int rank = int(size.size());
   const int nchw[4] = {rank - 1, rank - 2, rank - 3, rank - 4}, nhwc[4] = {1, 3, 2, 0};
@@ -95,6 +112,10 @@ inline std::optional<DType> dtype_of(const Tensor& x) {
     case ScalarType::Byte: return DType::u8;
     default: return std::nullopt;
   }
+}
+
+inline void torch_parallel(int64_t n, void (*body)(int64_t, int64_t, void*), void* context) {
+  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { body(begin, end, context); });
 }
 
 #ifdef AEUP_WITH_CUDA

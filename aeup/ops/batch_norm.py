@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
+from aeup import tuned
 from aeup.backends import Kernel, Op, choose, get_backend, note, note_torch
 from aeup.ops import compiled
-from aeup.ops.eager import forward_ad, traced, transforms_active
+from aeup.ops.eager import MOST_PLANS, forward_ad, traced, transforms_active
 from aeup.ops.epilogue import AFTER, NUMBER, activate, activation_gradient, check_activation
 
 _AXES = (0, 2, 3)
@@ -82,22 +83,23 @@ def _reference_backward(grad, x, mean, invstd, weight, bias, norm: Norm, wanted)
     return tuple(t if want else t.new_empty(0) for t, want in zip(found, wanted, strict=True))
 
 
-def _cuda_run(x, weight, bias, running_mean, running_var, counter, norm: Norm):
+def _compiled_run(x, weight, bias, running_mean, running_var, counter, norm: Norm):
     rest = norm.momentum, norm.eps, NUMBER[norm.activation], norm.slope
     statistics = running_mean, running_var, counter
-    found = compiled.call("batch_norm", x, weight, bias, *statistics, norm.training, *rest)
+    found = compiled.call("batch_norm", x, weight, bias, *statistics, norm.training, *rest, device=x.device.type)
     if norm.training:
         torch.autograd.graph.increment_version([t for t in statistics if t is not None])
     return found
 
 
-def _cuda_backward(grad, x, mean, invstd, weight, bias, norm: Norm, wanted):
+def _compiled_backward(grad, x, mean, invstd, weight, bias, norm: Norm, wanted):
     rest = norm.training, NUMBER[norm.activation], norm.slope
-    return compiled.call("batch_norm_backward", grad, x, mean, invstd, weight, bias, *rest, *wanted)
+    args = grad, x, mean, invstd, weight, bias, *rest, *wanted
+    return compiled.call("batch_norm_backward", *args, device=x.device.type)
 
 
-def _cuda_refusal(x: Tensor, **by_channel: Tensor | None) -> str | None:
-    reason = compiled.refusal(x, "batch_norm")
+def _refusal(device: str, x: Tensor, **by_channel: Tensor | None) -> str | None:
+    reason = compiled.refusal(x, "batch_norm", device)
     if reason:
         return reason
     given = {name: t for name, t in by_channel.items() if t is not None}
@@ -109,12 +111,18 @@ def _cuda_refusal(x: Tensor, **by_channel: Tensor | None) -> str | None:
     return next((f"{name} is not contiguous" for name, t in given.items() if not t.is_contiguous()), None)
 
 
-def _cuda_refuses(x, weight, bias, running_mean, running_var, counter, norm) -> str | None:
-    return _cuda_refusal(x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
+def _compiled(device: str) -> Kernel:
+    def refuses(x, weight, bias, running_mean, running_var, counter, norm) -> str | None:
+        return _refusal(device, x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
+
+    return Kernel(_compiled_run, refuses, _label)
 
 
-def _cuda_refuses_backward(grad, x, mean, invstd, weight, bias, norm, wanted) -> str | None:
-    return _cuda_refusal(x, weight=weight, bias=bias)
+def _compiled_gradient(device: str) -> Kernel:
+    def refuses(grad, x, mean, invstd, weight, bias, norm, wanted) -> str | None:
+        return _refusal(device, x, weight=weight, bias=bias)
+
+    return Kernel(_compiled_backward, refuses, _label_backward)
 
 
 def _without(run, what: str) -> Kernel:
@@ -124,24 +132,32 @@ def _without(run, what: str) -> Kernel:
 
 
 def _label(device, *args) -> str:
-    return "statistics, then the output" if args[-1].training else "one pass"
+    return ("statistics, then the output" if args[-1].training else "one pass") + _instructions(device)
+
+
+def _label_backward(device, *args) -> str:
+    return "sums, then the input's gradient" + _instructions(device)
+
+
+def _instructions(device) -> str:
+    return f", {torch.ops.aeup_native.cpu_instruction_set.default()}" if device.type == "cpu" else ""
 
 
 OP = Op(
     "aeup.batch_norm",
     {
-        "cuda": Kernel(_cuda_run, _cuda_refuses, _label),
+        "cuda": _compiled("cuda"),
         "triton": _without(reference, "Triton kernel"),
-        "cpu": _without(reference, "kernel for the CPU"),
+        "cpu": _compiled("cpu"),
         "torch": Kernel(reference, lambda *args: None),
     },
 )
 BACKWARD = Op(
     "aeup.batch_norm_backward",
     {
-        "cuda": Kernel(_cuda_backward, _cuda_refuses_backward, lambda *args: "sums, then the input's gradient"),
+        "cuda": _compiled_gradient("cuda"),
         "triton": _without(_reference_backward, "Triton kernel"),
-        "cpu": _without(_reference_backward, "kernel for the CPU"),
+        "cpu": _compiled_gradient("cpu"),
         "torch": Kernel(_reference_backward, lambda *args: None),
     },
 )
@@ -176,19 +192,19 @@ def _unserved(x, weight, bias, running_mean, running_var, norm: Norm) -> str | N
     return None if good else "momentum must be a float, and eps positive (outside training, at least 0)"
 
 
-def _left_to_torch(x, weight, bias) -> bool:
-    """A CPU's tensors, the short way: no choice is to be made; and the compiler joins torch's operators to their
-    neighbours."""
-    if not x.is_cpu:
-        return False
-    return torch.compiler.is_compiling() or (get_backend() in ("auto", "torch") and not traced(x, weight, bias))
-
-
 def batch_norm(x, weight, bias, running_mean, running_var, counter, norm: Norm) -> Tensor:
     """activation(batch_norm(x)), [N, C, H, W], differentiable; in training updates the running statistics and the
     `counter` of batches, where they are given."""
     args = x, weight, bias, running_mean, running_var, counter, norm
-    if _left_to_torch(x, weight, bias):
+    key = None
+    if not (traced(x, weight, bias) or transforms_active() or forward_ad._current_level >= 0):
+        needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:3])
+        by_channel = *map(_place, args[1:5]), x.device
+        key = needs_grad, get_backend(), norm, x.shape, x.stride(), x.dtype, by_channel, x.layout
+        plan = PLANS.get(key)
+        if plan is not None:
+            return plan.run(args)
+    elif _of_the_compiler(x):
         return by_torch(*args)
     reason = _unserved(x, weight, bias, running_mean, running_var, norm)
     if reason:
@@ -196,14 +212,49 @@ def batch_norm(x, weight, bias, running_mean, running_var, counter, norm: Norm) 
         return by_torch(*args)
     if traced(x, weight, bias):
         return _dispatched(*args)
-    if transforms_active() or forward_ad._current_level >= 0:
-        return by_torch(*args)
-    kernel = choose(OP, x, args)
-    if kernel is OP.kernels["torch"]:
-        return by_torch(*args)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:3]):
-        return _BatchNorm.apply(*args, kernel)
-    return kernel.run(*args)[0]
+    return by_torch(*args) if key is None else Plan(key, args).run(args)
+
+
+def _of_the_compiler(x: Tensor) -> bool:
+    """On the CPU the compiler joins torch's operators to their neighbours."""
+    return x.is_cpu and torch.compiler.is_compiling()
+
+
+def _place(t: Tensor | None) -> tuple | None:
+    return None if t is None else (t.shape, t.stride(), t.dtype, t.device)
+
+
+class Plan:
+    """The kernels of an eager call, decided once: no dispatcher."""
+
+    __slots__ = ("alone", "backend", "backwards", "kernel", "needs_grad", "norm")
+
+    def __init__(self, key: tuple, args: tuple) -> None:
+        self.needs_grad, self.backend, self.norm, self.backwards = *key[:3], {}
+        self.kernel = choose(OP, args[0], args, self.backend)
+        self.alone = self.kernel is OP.kernels["torch"]
+        if len(PLANS) >= MOST_PLANS:  # sizes that change from call to call
+            PLANS.clear()
+        PLANS[key] = self
+
+    def run(self, args: tuple) -> Tensor:
+        if self.alone:
+            return by_torch(*args)
+        return _BatchNorm.apply(*args[:6], self) if self.needs_grad else self.kernel.run(*args)[0]
+
+    def gradients(self, grad, x, weight, bias, mean, invstd, wanted: tuple) -> tuple:
+        if torch.is_grad_enabled() or transforms_active() or traced(grad, x):
+            return _gradients(grad, x, weight, bias, mean, invstd, self.norm, wanted)
+        args = grad, x, mean, invstd, weight, bias, self.norm, wanted
+        key = grad.stride(), wanted
+        kernel = self.backwards.get(key)
+        if kernel is None:
+            kernel = self.backwards[key] = choose(BACKWARD, x, args, self.backend)
+        return _in_dtypes(kernel.run(*args), (x, weight, bias), wanted)
+
+
+PLANS: dict[tuple, Plan] = {}
+tuned.on_change.append(PLANS.clear)
 
 
 def _dispatched(x, weight, bias, running_mean, running_var, counter, norm: Norm) -> Tensor:
@@ -218,7 +269,13 @@ def _dispatched(x, weight, bias, running_mean, running_var, counter, norm: Norm)
     return y
 
 
-def _gradients(grad, x, weight, bias, mean, invstd, norm: Norm, wanted, backend: str | None = None) -> tuple:
+def _in_dtypes(found: tuple, like: tuple, wanted: tuple) -> tuple:
+    """The gradients that are wanted, in the dtypes of what they are of, else None."""
+    of = zip(found, like, wanted, strict=True)
+    return tuple((g if g.dtype is t.dtype else g.to(t.dtype)) if want else None for g, t, want in of)
+
+
+def _gradients(grad, x, weight, bias, mean, invstd, norm: Norm, wanted) -> tuple:
     """The gradients of x, weight and bias that are wanted, else None."""
     if torch.is_grad_enabled() or transforms_active():  # the statistics depend on x
         if norm.training:
@@ -230,18 +287,16 @@ def _gradients(grad, x, weight, bias, mean, invstd, norm: Norm, wanted, backend:
         found = torch.ops.aeup.batch_norm_backward.default(grad, x, mean, invstd, weight, bias, *flags)
     else:
         args = grad, x, mean, invstd, weight, bias, norm, wanted
-        found = choose(BACKWARD, x, args, backend).run(*args)
-    like = x, weight, bias
-    return tuple(g.to(t.dtype) if want else None for g, t, want in zip(found, like, wanted, strict=True))
+        found = choose(BACKWARD, x, args).run(*args)
+    return _in_dtypes(found, (x, weight, bias), wanted)
 
 
 class _BatchNorm(torch.autograd.Function):
-    """The short way of eager calls: no dispatcher."""
-
     @staticmethod
-    def forward(ctx, x, weight, bias, running_mean, running_var, counter, norm, kernel):
-        y, mean, invstd = kernel.run(x, weight, bias, running_mean, running_var, counter, norm)
-        ctx.norm, ctx.backend = norm, get_backend()
+    def forward(ctx, x, weight, bias, running_mean, running_var, counter, plan):
+        args = x, weight, bias, running_mean, running_var, counter, plan.norm
+        y, mean, invstd = plan.kernel.run(*args)
+        ctx.plan = plan
         ctx.save_for_backward(x, weight, bias, mean, invstd)
         ctx.set_materialize_grads(False)
         return y
@@ -249,9 +304,8 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         if grad is None:
-            return (None,) * 8
-        wanted = ctx.needs_input_grad[:3]
-        return *_gradients(grad, *ctx.saved_tensors, ctx.norm, wanted, ctx.backend), *[None] * 5
+            return (None,) * 7
+        return *ctx.plan.gradients(grad, *ctx.saved_tensors, ctx.needs_input_grad[:3]), *[None] * 4
 
 
 # --- registration ---

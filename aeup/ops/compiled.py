@@ -12,33 +12,33 @@ from aeup.backends import Kernel
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-# --- cuda: the extension ---
+# --- the extension ---
 
 
 @lru_cache(None)
-def raw(name: str):
+def raw(name: str, device: str = "cuda"):
     """A compiled operator, or the reason why there is none."""
     if _native.missing:
         return _native.missing
-    if not _native.cuda:
+    if device == "cuda" and not _native.cuda:
         return "the extension was built without CUDA"
     if not hasattr(torch.ops.aeup_native, name):
         return f"the extension has no {name}"
     return getattr(torch.ops.aeup_native, name).default
 
 
-def call(name: str, *args):
+def call(name: str, *args, device: str = "cuda"):
     try:
-        return raw(name)(*args)
+        return raw(name, device)(*args)
     except RuntimeError as error:
         _native.raise_if_out_of_memory(error, args[0].device)
         raise
 
 
-def refusal(t: Tensor, name: str) -> str | None:
-    if not t.is_cuda:
+def refusal(t: Tensor, name: str, device: str = "cuda") -> str | None:
+    if t.device.type != device:
         return f"the tensor is on {t.device}"
-    operator = raw(name)
+    operator = raw(name, device)
     if isinstance(operator, str):
         return operator
     return None if t.dtype in FLOATS else f"dtype {t.dtype} is not one of float32, float64, float16, bfloat16"

@@ -1,5 +1,5 @@
 // The separable banded map on the CPU: dst = V src H^T per plane, for every mode, direction and layout.
-// Compiled once per instruction set (AEUP_ISA); csrc/cpu/interpolate.cpp chooses at run time.
+// Compiled once per instruction set (AEUP_ISA); csrc/cpu/dispatch.cpp chooses at run time.
 //
 // Each plane is walked row by row. Enlarging: a source row is interpolated horizontally once into a ring of rows in
 // the first-level cache, a destination row is a weighted sum of ring rows. Reducing (gradients, antialias): the

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "cpu/parallel.h"
 #include "cpu/tables.h"
 #include "resample.h"
 
@@ -36,22 +37,7 @@ struct Plan {
   int64_t step = 0, lead = 0, shift = 0, reach = 0, columns = 0, phase_stride = 0, padded = 0;
 };
 
-// Runs body(begin, end, context) over [0, n) in torch's thread pool.
-using ParallelFor = void (*)(int64_t n, void (*body)(int64_t, int64_t, void*), void* context);
-
-#define AEUP_DECLARE_ISA(isa)                                                \
-  namespace isa {                                                            \
-  void interpolate(const Problem& p, int64_t threads, ParallelFor parallel); \
-  }
-AEUP_DECLARE_ISA(baseline)
-#if defined(__x86_64__)
-AEUP_DECLARE_ISA(avx2)
-AEUP_DECLARE_ISA(avx512)
-#endif
-#undef AEUP_DECLARE_ISA
-
-// csrc/cpu/interpolate.cpp: the best of the above for this processor.
-void interpolate_cpu(const Problem& p, int64_t threads, ParallelFor parallel);
-const char* cpu_instruction_set();
+AEUP_FOR_EACH_ISA(void interpolate(const Problem& p, int64_t threads, ParallelFor parallel);)
+void interpolate_cpu(const Problem& p, int64_t threads, ParallelFor parallel);  // csrc/cpu/dispatch.cpp
 
 }  // namespace aeup

@@ -156,10 +156,38 @@ inline void store(f16* p, VF v) {
 #endif
 }
 
+// The first n lanes; the others of a load are `otherwise`.
 template <class T, class V>
-inline void store_first(T* p, V v, int n) {  // the first n lanes
-  T lanes[sizeof(V) / sizeof(typename Arith<T>::type)];
+inline V load_first(const T* p, int n, V otherwise) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    return _mm512_mask_loadu_ps(otherwise, __mmask16((1u << n) - 1), p);
+  else if constexpr (sizeof(T) == 8)
+    return _mm512_mask_loadu_pd(otherwise, __mmask8((1u << n) - 1), p);
+  else if constexpr (sizeof(T) == 2) {
+    const __mmask16 first = __mmask16((1u << n) - 1);
+    const __m256i raw = _mm256_maskz_loadu_epi16(first, p);
+    return _mm512_mask_blend_ps(first, otherwise, load(reinterpret_cast<const T*>(&raw)));
+  }
+#endif
+  constexpr int lanes = kVectorBytes / sizeof(typename Arith<T>::type);
+  T all[lanes] = {};
+  std::memcpy(all, p, n * sizeof(T));
+  V v = load(all);
+  for (int i = n; i < lanes; ++i) v[i] = otherwise[i];
+  return v;
+}
+template <class T, class V>
+inline void store_first(T* p, V v, int n) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), v);
+  if constexpr (sizeof(T) == 8) return _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), v);
+#endif
+  T lanes[kVectorBytes / sizeof(typename Arith<T>::type)];
   store(lanes, v);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 2) return _mm256_mask_storeu_epi16(p, __mmask16((1u << n) - 1), load_raw<__m256i>(lanes));
+#endif
   std::memcpy(p, lanes, n * sizeof(T));
 }
 

@@ -291,8 +291,7 @@ Norm<T> plan_norm(const BatchNorm& b, bool vectors, int64_t at_once) {
   const int v = vectors ? kNormWide<T> : 1;
   Norm<T> p{};
   p.c = b.c;
-  // One channel, or one pixel per image, is both layouts.
-  const bool last = b.c > 1 && (b.channels_last || b.pixels == 1);
+  const bool last = b.channels_adjacent();
   const int64_t pixels = b.c > 1 ? b.pixels : b.n * b.pixels, planes = b.c > 1 ? b.n : 1;
   p.width = last ? v : 1, p.pixels = last ? 1 : v;
   int lanes = 1, groups = 1;
@@ -332,7 +331,7 @@ Norm<T> plan_norm(const BatchNorm& b, bool vectors, int64_t at_once) {
 // Whether positions may be of more than one element: by the sizes, and by the tensors.
 template <class T>
 bool has_vectors(const BatchNorm& b) {
-  const bool last = b.c > 1 && (b.channels_last || b.pixels == 1);
+  const bool last = b.channels_adjacent();
   return kNormWide<T> > 1 && (last ? b.c : b.c > 1 ? b.pixels : b.n * b.pixels) % kNormWide<T> == 0;
 }
 template <class T>

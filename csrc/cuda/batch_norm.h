@@ -1,34 +1,9 @@
-// Host entry points of batch normalisation with the activation after it. Plain C++: no CUDA and no torch header.
+// Host entry points of batch normalisation with the activation after it.
 #pragma once
-#include "convolution.h"
+#include "norm.h"
 
 namespace aeup {
 
-// output = activation(weight * (input - mean) * invstd + bias), per channel. mean and invstd [c] are float, double
-// where the tensors are; the other [c] arrays too, or with `narrow` all of the tensors' dtype.
-struct BatchNorm {
-  int64_t n, c, pixels;  // input, output, their gradients: [n, c, pixels], or [n, pixels, c] with channels_last
-  DType dtype;
-  bool channels_last;
-  bool training;  // the statistics are the input's, else the running ones
-  bool narrow;
-  Activation activation;
-  double slope, momentum, eps;
-  int blocks;  // that run at once; 0: as the device has it
-
-  const void *input, *weight, *bias;  // weight, bias: may be null (1, 0)
-  void *mean, *invstd;                // the forward writes them, the backward reads them
-  // Forward. Running statistics and counter (of batches): read, and in training what they become, at the same address
-  // or another. They and the counter may be null in training; outside it only the counter.
-  void* output;
-  const void *running_mean, *running_var;
-  void *next_mean, *next_var;
-  const int64_t* counter;
-  int64_t* next_counter;
-  // Backward: gradients that are not wanted are null.
-  const void* grad;
-  void *input_grad, *weight_grad, *bias_grad;
-};
 int64_t batch_norm_workspace(const BatchNorm& b);  // bytes, of either pass; 0 for an empty input
 const char* launch_batch_norm(const BatchNorm& b, void* workspace, void* stream);
 const char* launch_batch_norm_backward(const BatchNorm& b, void* workspace, void* stream);

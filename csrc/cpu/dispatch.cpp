@@ -2,6 +2,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "cpu/batch_norm.h"
 #include "cpu/plan.h"
 
 namespace aeup {
@@ -24,17 +25,18 @@ Isa detect() {
              : Isa::baseline;
 }
 const Isa kIsa = detect();
+#define AEUP_BEST(f) (kIsa == Isa::avx512 ? avx512::f : kIsa == Isa::avx2 ? avx2::f : baseline::f)
+#else
+#define AEUP_BEST(f) baseline::f
 #endif
 
 }  // namespace
 
 void interpolate_cpu(const Problem& p, int64_t threads, ParallelFor parallel) {
-#if defined(__x86_64__)
-  if (kIsa == Isa::avx512) return avx512::interpolate(p, threads, parallel);
-  if (kIsa == Isa::avx2) return avx2::interpolate(p, threads, parallel);
-#endif
-  baseline::interpolate(p, threads, parallel);
+  AEUP_BEST(interpolate)(p, threads, parallel);
 }
+void batch_norm_cpu(const BatchNorm& b, ParallelFor parallel) { AEUP_BEST(batch_norm)(b, parallel); }
+void batch_norm_backward_cpu(const BatchNorm& b, ParallelFor parallel) { AEUP_BEST(batch_norm_backward)(b, parallel); }
 
 const char* cpu_instruction_set() {
 #if defined(__x86_64__)
