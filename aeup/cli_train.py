@@ -55,7 +55,7 @@ def _options(model: str) -> str:
 @click.option("--workers", type=click.IntRange(0), help="Processes that load a folder too large for the memory.")
 @click.option("--memory", type=click.FloatRange(0), help="GiB up to which a folder is held in memory.  [default: 4.0]")
 @click.option("--bf16/--no-bf16", default=None, help="Autocast to bfloat16.  [default: on a GPU only]")
-@click.option("--channels-last/--no-channels-last", default=None, help="Memory layout.  [default: on a GPU only]")
+@click.option("--channels-last/--no-channels-last", default=None, help="Memory layout.  [default: channels-last]")
 @click.option("--graph/--no-graph", default=None, help="The step is one CUDA graph.  [default: on a GPU only]")
 @click.option("--compile/--no-compile", default=None, help="torch.compile of the loss.  [default: no]")
 @click.option("--tensorboard/--no-tensorboard", default=None, help="Event files.  [default: if it is installed]")

@@ -295,7 +295,7 @@ def test_command_measures_aeup(tmp_path):
 def test_command_fails_where_aeup_is_wrong(tmp_path, monkeypatch):
     monkeypatch.setattr(models.StepCase, "aeup", lambda self: self._step(untrained_copy(self)))
     result = invoke(tmp_path / "out.json", "--shape", "vae")
-    assert result.exit_code == 1 and "(vae/eager/fp32/NCHW/step)" in result.output
+    assert result.exit_code == 1 and "(vae/eager/fp32/NHWC/step)" in result.output
 
 
 def untrained_copy(case):

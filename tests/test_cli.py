@@ -67,7 +67,7 @@ def test_train_and_resume(tmp_path, data):
     state = load_state(run / "last.pt")
     assert state["train"]["seed"] == 4 and state["train"]["lr"] == 0.002 and state["train"]["batch_size"] == 8
     assert state["model_config"]["latent_dim"] == 3 and state["model_config"]["upsample"] == "bilinear"
-    assert state["train"]["bf16"] is False and state["train"]["channels_last"] is False
+    assert state["train"]["bf16"] is False and state["train"]["channels_last"] is True
     result = aeup("train", "vae", "--resume", run, "--epochs", 3)
     assert result.exit_code == 0 and "epoch 3/3" in result.output and "epoch 2/3" not in result.output
     result = aeup("train", "vae", "--resume", run)

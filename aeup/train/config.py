@@ -54,7 +54,7 @@ class TrainConfig:
     seed: int = 0
     validation: float = 0.2  # fraction held out where the data has no split of its own
     bf16: bool | None = None  # autocast to bfloat16; None: on a GPU only
-    channels_last: bool | None = None  # None: on a GPU only
+    channels_last: bool = True  # memory layout of images and weights; False: contiguous
     graph: bool | None = None  # the step is one CUDA graph; None: on a GPU only
     compile: bool = False  # torch.compile of the loss
     workers: int = 0  # processes that load a folder too large for the memory; 0: in the training process

@@ -147,7 +147,7 @@ def _begin(
         raise ConfigError("compile works in one process only: each image's noise is drawn outside the compiled code")
     if config.batch_size < world.size:
         raise ConfigError(f"batch_size={config.batch_size} is less than the {world.size} processes")
-    automatic = {name: gpu for name in ("bf16", "channels_last", "graph") if getattr(config, name) is None}
+    automatic = {name: gpu for name in ("bf16", "graph") if getattr(config, name) is None}
     return dataclasses.replace(config, **automatic), state
 
 

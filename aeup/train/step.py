@@ -40,7 +40,7 @@ class Step:
 
     Args:
         model: in training mode; its parameters stay where they are.
-        config: `graph`, `bf16` and `channels_last` must be resolved.
+        config: `graph` and `bf16` must be resolved.
     """
 
     def __init__(self, model: Model, config: TrainConfig, world: World) -> None:
