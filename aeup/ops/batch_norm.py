@@ -127,11 +127,20 @@ def _label(device, *args) -> str:
     return "statistics, then the output" if args[-1].training else "one pass"
 
 
+def _public(*args) -> tuple:
+    return *args[:-1], *args[-1]
+
+
+def _public_backward(*args) -> tuple:
+    *tensors, norm, wanted = args
+    return *tensors, norm.training, norm.activation, norm.slope, wanted
+
+
 OP = Op(
     "aeup.batch_norm",
     {
         "cuda": Kernel(_cuda_run, _cuda_refuses, _label),
-        "triton": _without(reference, "Triton kernel"),
+        "triton": compiled.triton_kernel("batch_norm", _public, "refuses_batch_norm", False),
         "cpu": _without(reference, "kernel for the CPU"),
         "torch": Kernel(reference, lambda *args: None),
     },
@@ -140,7 +149,7 @@ BACKWARD = Op(
     "aeup.batch_norm_backward",
     {
         "cuda": Kernel(_cuda_backward, _cuda_refuses_backward, lambda *args: "sums, then the input's gradient"),
-        "triton": _without(_reference_backward, "Triton kernel"),
+        "triton": compiled.triton_kernel("batch_norm_backward", _public_backward, "refuses_batch_norm", False),
         "cpu": _without(_reference_backward, "kernel for the CPU"),
         "torch": Kernel(_reference_backward, lambda *args: None),
     },
