@@ -11,7 +11,7 @@ from triton_offline import compilations, compile_for, compiled, report
 
 # n, channels, plane, dtype, nhwc; dtype of the parameters; activation
 SIZES = 256, 64, 32 * 32
-# The main case, whose kernels must make 16-byte accesses.
+# The main case, whose kernels must make 16-byte accesses, in one layout from load to store.
 MAIN = [((*SIZES, t, nhwc), "fp32", 3) for t in ("bf16", "fp32") for nhwc in (True, False)]
 OTHERS = [
     ((*SIZES, "bf16", True), "bf16", 4),
@@ -39,10 +39,13 @@ def compile_all(arch, cases):
             calls[f"backward {training}"] = host.backward_plan, p, True, training, training
         for name, call in calls.items():
             plan, launches = host.prepared(*call)
-            for row, asm in compilations(plan, launches, dtype, types.TYPES | {"i64": torch.int64}, others):
+            made = compilations(plan, launches, dtype, types.TYPES | {"i64": torch.int64}, others)
+            for (row, asm), launch in zip(made, plan.launches, strict=True):
                 row |= {"pass": name, "case": sizes, "main": (sizes, parameters, activation) in MAIN}
                 row["copies"] = sorted(set(re.findall(r"cp\.async[^;]*, (0x\w+),", asm["ptx"])))
                 row["stores"] = "st.global.v4.b32" in asm["ptx"]
+                tile = [launch.constants[name] for name in (("BM", "BC") if sizes[4] else ("BC", "BM"))]
+                row["moved"] = bool(re.search(r"convert_layout .*-> tensor<{}x{}x".format(*tile), asm["ttgir"]))
                 report(row)
 
 
@@ -56,6 +59,7 @@ def test_cubins(arch, tmp_path):
         assert row["shared"] <= 99 << 10, f"more shared memory than the smallest GPU has: {row}"
         assert row["stack"] == 0, f"spills: {row}"
         if row["main"]:
+            assert not row["moved"], f"tiles go through shared memory once more: {row}"
             assert row["copies"] == ["0x10"], f"no 16-byte copies: {row}"
             assert row["stores"] or row["kernel"] in ("statistics", "sum_gradients"), f"no 16-byte stores: {row}"
 

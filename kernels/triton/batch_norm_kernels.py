@@ -68,6 +68,16 @@ def inverse_root(x, ACC: tl.constexpr):
 
 
 @triton.jit
+def apart(x, NHWC: tl.constexpr, BC: tl.constexpr):
+    """x [BC] as it is, in a layout of its own: a sum's would spread to the tiles of the loop after it, which would then
+    go through shared memory on their way to the store."""
+    if NHWC:
+        return tl.gather(x, tl.arange(0, BC), 0)
+    else:
+        return x
+
+
+@triton.jit
 def affine(
     mean, invstd, weight, bias, c, channels, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, ACC: tl.constexpr
 ):
@@ -182,6 +192,8 @@ def normalise(
     c, s = place(blocks, BC, IDX64)
     if TRAINING:
         mean, squares = moments(part, c, pixels, channels, splits, each, ACC, BS, BC)
+        mean = apart(mean, NHWC, BC)
+        squares = apart(squares, NHWC, BC)
         var = squares / pixels.to(ACC)
     else:
         mean = of_channel(running_mean, c, channels, ACC)
@@ -265,8 +277,8 @@ def input_gradient(
             of = start + tl.arange(0, BS)
             sums += partial(part, of, c, splits, channels)
             products += partial(part + channels, of, c, splits, channels)
-        of_bias = tl.sum(sums, 0)
-        of_weight = tl.sum(products, 0) * invstd
+        of_bias = apart(tl.sum(sums, 0), NHWC, BC)
+        of_weight = apart(tl.sum(products, 0), NHWC, BC) * invstd
         if s == 0:
             if OF_WEIGHT:
                 set_channel(dweight, c, channels, of_weight)
