@@ -324,18 +324,14 @@ def test_explain():
     assert (first.op, second.op) == ("aeup.batch_norm", "aeup.batch_norm_backward")
     assert first.backend == second.backend == "cpu" and "silu" in first.call and "gradient" in second.call
     assert first.kernel.startswith("statistics, then the output")
-    assert first.others["cuda"] == "the tensor is on cpu" and "no Triton kernel" in first.others["triton"]
+    assert first.others["cuda"] == "the tensor is on cpu"
+    assert all("Triton kernels need a CUDA tensor" in c.others["triton"] for c in (first, second))
     (rank,) = aeup.explain(aeup.batch_norm, torch.randn(2, 4, 3), None, None, training=True)
     assert "[N, C, H, W]" in rank.others["cuda"]
     x = torch.randn(2, 4, 3, 3)
-    with aeup.backend("cuda"), pytest.raises(aeup.BackendError, match="on cpu"):
-        layer(x)
-    with aeup.backend("torch"):
-        want = layer(x)
-    with aeup.backend("triton"):  # between the ops of that backend
-        found = aeup.explain(layer, x)[0]
-        assert found.backend == "triton" and "no Triton kernel" in found.kernel
-        torch.testing.assert_close(layer(x), want)
+    for name in ("cuda", "triton"):
+        with aeup.backend(name), pytest.raises(aeup.BackendError, match="on cpu"):
+            layer(x)
 
 
 ONES = torch.ones(3)

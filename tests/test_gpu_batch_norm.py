@@ -1,9 +1,11 @@
 """Batch normalisation with the activation on a real GPU."""
 
+import copy
 import itertools
 
 import pytest
 import torch
+from batch_norm_cases import check, results, unfused
 from cases import LAYOUTS
 from test_batch_norm import ACTIVATIONS, by_torch, tensors
 from torch import nn
@@ -24,48 +26,11 @@ SHAPES = (
 )  # fmt: skip
 
 
+BACKENDS = ("cuda", "triton")
+
+
 def on_gpu(shape, dtype, layout, affine=True):
     return [t if t is None else t.cuda() for t in tensors(shape, dtype, layout, affine)]
-
-
-def results(fn, given, grad, **options):
-    """Output, running statistics afterwards, gradients of x, weight and bias."""
-    x, mean, var, *affine = (t if t is None else t.clone(memory_format=torch.preserve_format) for t in given)
-    leaves = [t.requires_grad_() for t in (x, *affine) if t is not None]
-    y = fn(x, mean, var, *affine, **options)
-    return y, mean, var, *torch.autograd.grad(y, leaves, grad.to(y.dtype))
-
-
-def unfused(*args, **options):
-    """torch's own kernels: outside deterministic mode, which would take other ones or raise."""
-    torch.use_deterministic_algorithms(False)
-    try:
-        return results(by_torch, *args, **options)
-    finally:
-        torch.use_deterministic_algorithms(True)
-
-
-def check(shape, dtype, layout, activation, training=True, affine=True):
-    """Each result's largest error against float64 is at most twice torch's, plus a few units in the last place."""
-    given = on_gpu(shape, dtype, layout, affine)
-    grad = torch.randn(shape, device="cuda").to(dtype).contiguous(memory_format=LAYOUTS[layout])
-    options = dict(training=training, momentum=0.3, eps=1e-3, activation=activation)
-    wide = [t if t is None else t.double() for t in given]
-    # Where the activation's derivative jumps, rounding decides on which side an element is: no gradient comes there.
-    copies = (t if t is None else t.clone() for t in wide)  # running statistics are updated in place
-    before = by_torch(*copies, **options | {"activation": None}).abs()
-    grad[before <= 64 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps * before.max()] = 0
-    with aeup.backend("cuda"):
-        got = results(aeup.batch_norm, given, grad, **options)
-    exact, other = unfused(wide, grad.double(), **options), unfused(given, grad, **options)
-    assert got[0].dtype is dtype and got[0].stride() == given[0].stride() == got[3].stride()
-    for name, a, b, c in zip(("y", "mean", "var", "dx", "dweight", "dbias"), got, exact, other, strict=False):
-        assert torch.isfinite(a).all(), name
-        floor = 4 * torch.finfo(a.dtype).eps * b.abs().max().item() * (4 if dtype is torch.float64 else 1)
-        if name.startswith("d"):  # sums over the channel, of products rounded to `a.dtype` where torch's are not
-            floor *= 2
-        error, allowed = (a.double() - b).abs().max().item(), 2 * (c.double() - b).abs().max().item() + floor
-        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -77,30 +42,42 @@ def test_training(shape, dtype, layout):
     check(shape, dtype, layout, "relu", affine=False)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
-def test_activations(activation):
-    for dtype, layout, training in itertools.product(DTYPES, LAYOUTS, (True, False)):
-        check((16, 48, 9, 8), dtype, layout, activation, training)
-        check((5, 7, 9, 5), dtype, layout, activation, training)
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_same_bits_on_every_run(layout):
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_training_on_triton(shape, layout):
+    """Each of these compiles four kernels: so one activation a dtype."""
+    for dtype, activation in ((torch.bfloat16, "silu"), (torch.float32, "relu")):
+        check(shape, dtype, layout, activation, backend="triton")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+def test_activations(activation, backend):
+    for dtype, layout, training in itertools.product(DTYPES, LAYOUTS, (True, False)):
+        check((16, 48, 9, 8), dtype, layout, activation, training, backend=backend)
+        if backend == "cuda":
+            check((5, 7, 9, 5), dtype, layout, activation, training)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_same_bits_on_every_run(layout, backend):
     for dtype in (torch.bfloat16, torch.float32):
         given = on_gpu((64, 96, 32, 32), dtype, layout)
         grad = torch.randn_like(given[0])
-        first = results(aeup.batch_norm, given, grad, training=True, activation="silu")
-        for _ in range(3):
-            again = results(aeup.batch_norm, given, grad, training=True, activation="silu")
+        with aeup.backend(backend):
+            first, *others = (results(aeup.batch_norm, given, grad, training=True, activation="silu") for _ in range(4))
+        for again in others:
             assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_parameters_of_the_inputs_dtype(dtype):
+def test_parameters_of_the_inputs_dtype(dtype, backend):
     given = [t.to(dtype) for t in on_gpu((16, 48, 9, 8), dtype, "nhwc")]
     grad = torch.randn_like(given[0])
     for training in (True, False):
-        with aeup.backend("cuda"):
+        with aeup.backend(backend):
             got = results(aeup.batch_norm, given, grad, training=training, activation="relu")
         exact = unfused([t.double() for t in given], grad.double(), training=training, activation="relu")
         for a, b in zip(got, exact, strict=True):
@@ -108,17 +85,25 @@ def test_parameters_of_the_inputs_dtype(dtype):
             torch.testing.assert_close(a.double(), b, rtol=2 * torch.finfo(dtype).eps, atol=2**-7)
 
 
-def test_variance_far_from_zero():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_variance_far_from_zero(backend):
     x = torch.randn(64, 64, 32, 32, device="cuda") * 0.1 + 1000
     exact = 1 / (x.double().var((0, 2, 3), unbiased=False) + 1e-5).sqrt()
     for layout in LAYOUTS.values():
-        with aeup.backend("cuda"):
+        with aeup.backend(backend):
             _, _, invstd, *_ = torch.ops.aeup.batch_norm(
                 x.contiguous(memory_format=layout), None, None, None, None, True, 0.1, 1e-5
             )
         torch.testing.assert_close(invstd.double(), exact, rtol=1e-3, atol=0)
 
 
+@pytest.fixture(params=BACKENDS)
+def asked(request):
+    with aeup.backend(request.param):
+        yield
+
+
+@pytest.mark.usefixtures("asked")
 @pytest.mark.parametrize("shape", [(16, 64, 16, 16), (3, 5, 7, 3)], ids=str)
 def test_order_on_the_stream_and_graph_capture(shape):
     """One graph holds the statistics, the counter and both passes; nothing waits for the GPU."""
@@ -132,6 +117,7 @@ def test_order_on_the_stream_and_graph_capture(shape):
         return y, *torch.autograd.grad(y, (leaf, *given), x)
 
     step(x)
+    copy.deepcopy(layer)(x)  # Triton compiles before the capture
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(10_000_000)
@@ -155,6 +141,7 @@ def test_order_on_the_stream_and_graph_capture(shape):
     torch.testing.assert_close(layer.running_var, other.running_var, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("asked")
 def test_strided_inputs_offsets_and_gradients():
     x, mean, var, weight, bias = on_gpu((8, 80, 17, 15), torch.bfloat16, "nchw")
     views = {

@@ -47,14 +47,15 @@ def compile_for(arch):
     driver.set_active(Offline())
 
 
-def compilations(plan, launches, dtype, types):
+def compilations(plan, launches, dtype, types, others=()):
     """Compiles every launch of a plan; for each, what a report says of it, and the text of each stage (ttir, ptx).
-    dtype: of the buffers that are no scratch; types: torch's of each name."""
+    dtype: of the buffers that are neither scratch nor in `others`, buffer -> dtype; types: torch's of each name."""
+    named = dict(others) | {b: kind for b, (_, kind) in plan.scratch.items()}
     import triton
     from triton.runtime.jit import MockTensor
 
     for launch, (kernel, buffers, grid, scalars, options) in zip(plan.launches, launches, strict=True):
-        tensors = [MockTensor(types[plan.scratch.get(b, (0, dtype))[1]]) for b in buffers]
+        tensors = [MockTensor(types[named.get(b, dtype)]) for b in buffers]
         binary = kernel.warmup(*tensors, *scalars, **options, grid=grid)
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(binary.asm["cubin"])

@@ -125,12 +125,6 @@ def _compiled_gradient(device: str) -> Kernel:
     return Kernel(_compiled_backward, refuses, _label_backward)
 
 
-def _without(run, what: str) -> Kernel:
-    """Of a backend that has none: asked for by name, it leaves the norm between its own ops to torch, and says so."""
-    text = f"there is no {what}: torch's norm and its activation in place serve it"
-    return Kernel(run, lambda *args: None, lambda *args: text, lambda *args: text)
-
-
 def _label(device, *args) -> str:
     return ("statistics, then the output" if args[-1].training else "one pass") + _instructions(device)
 
@@ -143,11 +137,20 @@ def _instructions(device) -> str:
     return f", {torch.ops.aeup_native.cpu_instruction_set.default()}" if device.type == "cpu" else ""
 
 
+def _public(*args) -> tuple:
+    return *args[:-1], *args[-1]
+
+
+def _public_backward(*args) -> tuple:
+    *tensors, norm, wanted = args
+    return *tensors, norm.training, norm.activation, norm.slope, wanted
+
+
 OP = Op(
     "aeup.batch_norm",
     {
         "cuda": _compiled("cuda"),
-        "triton": _without(reference, "Triton kernel"),
+        "triton": compiled.triton_kernel("batch_norm", _public, "refuses_batch_norm", False),
         "cpu": _compiled("cpu"),
         "torch": Kernel(reference, lambda *args: None),
     },
@@ -156,7 +159,7 @@ BACKWARD = Op(
     "aeup.batch_norm_backward",
     {
         "cuda": _compiled_gradient("cuda"),
-        "triton": _without(_reference_backward, "Triton kernel"),
+        "triton": compiled.triton_kernel("batch_norm_backward", _public_backward, "refuses_batch_norm", False),
         "cpu": _compiled_gradient("cpu"),
         "torch": Kernel(_reference_backward, lambda *args: None),
     },

@@ -77,19 +77,19 @@ def _triton(predicate: str):
     return kernels if hasattr(kernels, predicate) else f"aeup.kernels has no {predicate}"
 
 
-def triton_kernel(name: str, arguments: Callable, predicate: str) -> Kernel:
+def triton_kernel(name: str, arguments: Callable, predicate: str, multiplies: bool = True) -> Kernel:
     """The kernel aeup.kernels.`name`, whose refusals aeup.kernels.`predicate` tells. `arguments` turns a kernel's
-    arguments into those of that function."""
+    arguments into those of that function; `multiplies`: it takes `tf32`."""
 
     def refuses(*args):
         module = _triton(predicate)
         return module if isinstance(module, str) else getattr(module, predicate)(name, *arguments(*args))
 
     def run(*args):
-        options = {} if name == "conv_epilogue_gradient" else {"tf32": tf32(args[0])}
+        options = {"tf32": tf32(args[0])} if multiplies else {}
         return getattr(_triton(predicate), name)(*arguments(*args), **options)
 
     def yields(*args):
-        return "not measured against cuDNN yet: ask for it by name"
+        return "not measured against torch yet: ask for it by name"
 
     return Kernel(run, refuses, yields=yields)

@@ -334,7 +334,7 @@ EPILOGUE = Op(
     "aeup.conv_epilogue_gradient",
     {
         "cuda": Kernel(_cuda_epilogue, lambda grad, *_: _cuda_refusal(grad, "conv_epilogue_gradient")),
-        "triton": compiled.triton_kernel("conv_epilogue_gradient", _public_epilogue, "refuses_convolution"),
+        "triton": compiled.triton_kernel("conv_epilogue_gradient", _public_epilogue, "refuses_convolution", False),
         "cpu": Kernel(epilogue.reference, lambda grad, *_: _cpu_refusal(grad, None)),
         "torch": Kernel(epilogue.reference, _serves),
     },

@@ -36,6 +36,7 @@ SPACES = {  # by the beginning of the problem
     "poly": _STRIPS,
     "taps": _STRIPS,
     "banded": {"lanes": (64, 128, 256, 512, 1024), "warps": (2, 4, 8)},
+    "batch_norm": {"lanes": (256, 512, 1024, 2048), "warps": (4, 8, 16), "stages": (1, 2, 3, 4)},
     "conv_epilogue": {"elements": (1024, 2048, 4096, 8192), "warps": (2, 4, 8)},
     "conv": _TILES,
     "resample": _TILES | {"m": (32, 64, 128), "n": (32, 64, 128)},

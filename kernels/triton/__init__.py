@@ -1,5 +1,6 @@
 """Triton kernels. Importing this package imports neither Triton nor touches a GPU; the first call does."""
 
+from .batch_norm import batch_norm, batch_norm_backward, refuses_batch_norm
 from .convolution import (
     conv_epilogue_gradient,
     conv_transpose2d,
@@ -16,12 +17,15 @@ from .upsample_conv import (
 )
 
 __all__ = [
+    "batch_norm",
+    "batch_norm_backward",
     "conv_epilogue_gradient",
     "conv_transpose2d",
     "conv_transpose2d_input_gradient",
     "conv_transpose2d_weight_gradient",
     "interpolate",
     "refuses",
+    "refuses_batch_norm",
     "refuses_convolution",
     "refuses_upsample_conv2d",
     "upsample_conv2d",
