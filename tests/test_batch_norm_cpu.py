@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from batch_norm_cases import check, results
 from cases import LAYOUTS
 from test_batch_norm import ACTIVATIONS, by_torch, tensors
 
@@ -26,35 +27,7 @@ SHAPES = (
     (90, 2, 3, 37),
     (1, 3, 101, 103),
 )
-NAMES = ("output", "gradient of the input", "of the weight", "of the bias", "running mean", "running variance")
-
-
-def results(fn, given, grad, training, activation):
-    """Output, gradients, running statistics, in float64."""
-    x, mean, var, weight, bias = (t.clone(memory_format=torch.preserve_format) for t in given)
-    leaves = [t.requires_grad_() for t in (x, weight, bias)]
-    y = fn(x, mean, var, weight, bias, training, activation=activation)
-    return [t.detach().double() for t in (y, *torch.autograd.grad(y, leaves, grad.to(x.dtype)), mean, var)]
-
-
-def check(shape, dtype, layout, training, activation, offset=0.0):
-    """Within twice torch's own error against float64 plus a few ulps of the terms that are added, each normalised."""
-    given = tensors(shape, dtype, layout)
-    given = (given[0] + offset).to(dtype), given[1] + offset, *given[2:]
-    grad = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
-    wide = [t.double() for t in given]
-    ours, torchs = (results(f, given, grad, training, activation) for f in (aeup.batch_norm, by_torch))
-    exact = results(by_torch, wide, grad, training, activation)
-    values = given[0].numel() // shape[1]
-    for i, name in enumerate(NAMES):
-        got, want = ours[i], exact[i]
-        scale = want.abs().max().item() + (values**0.5 if name in NAMES[2:4] else 0.0)
-        eps = torch.finfo(dtype if i < 2 else given[1].dtype).eps
-        if dtype is torch.float64:  # torch is the reference, and adds one by one
-            eps *= values**0.5
-        allowed = 2 * (torchs[i] - want).abs().max().item() + 4 * eps * scale
-        error = (got - want).abs().max().item()
-        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+CPU = {"backend": "cpu", "device": "cpu"}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -62,15 +35,21 @@ def check(shape, dtype, layout, training, activation, offset=0.0):
 def test_error_budget(shape, dtype):
     for layout in LAYOUTS:
         for activation in ACTIVATIONS:
-            check(shape, dtype, layout, True, activation)
+            check(shape, dtype, layout, activation, **CPU)
         for activation in (None, "relu", "gelu"):
-            check(shape, dtype, layout, False, activation)
+            check(shape, dtype, layout, activation, training=False, **CPU)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_mean_far_from_zero(layout):
-    for offset in (100.0, 1e4):
-        check((4, 20, 17, 19), torch.float32, layout, True, "leaky_relu", offset)
+    for away in (100.0, 1e4):
+        check((4, 20, 17, 19), torch.float32, layout, "leaky_relu", away=away, **CPU)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_parameters_of_the_inputs_dtype(dtype):
+    for layout, training in itertools.product(LAYOUTS, (True, False)):
+        check((2, 20, 7, 7), dtype, layout, "silu", training, narrow=True, **CPU)
 
 
 def test_an_outlier_first():
@@ -92,8 +71,10 @@ def test_nan_and_infinity_stay_in_their_channel(activation):
         x, *rest = tensors((2, 20, 5, 5), torch.float32, layout)
         x[1, 7, 2, 2] = bad
         for training in (True, False):
-            y, dx, *_ = results(aeup.batch_norm, (x, *rest), torch.ones_like(x), training, activation)
-            z, dz, *_ = results(by_torch, (x, *rest), torch.ones_like(x), training, activation)
+            both = (aeup.batch_norm, by_torch)
+            options = {"training": training, "activation": activation}
+            found = [results(f, (x, *rest), torch.ones_like(x), **options) for f in both]
+            (y, _, _, dx, *_), (z, _, _, dz, *_) = found
             assert torch.equal(y.isnan(), z.isnan())
             others = [i for i in range(20) if i != 7]
             assert torch.isfinite(dx[:, others]).all() and (not training or torch.equal(dx.isnan(), dz.isnan()))
@@ -115,7 +96,7 @@ def test_same_bits_for_any_number_of_threads(layout, shape):
     try:
         for threads in (1, 2, 3, 2):
             torch.set_num_threads(threads)
-            found.append(results(aeup.batch_norm, given, given[0], True, "silu"))
+            found.append(results(aeup.batch_norm, given, given[0], training=True, activation="silu"))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
@@ -124,13 +105,13 @@ def test_same_bits_for_any_number_of_threads(layout, shape):
 SMALL = """
 import itertools, sys
 sys.path.insert(0, sys.argv[1])
-from test_batch_norm_cpu import ACTIVATIONS, DTYPES, LAYOUTS, SHAPES, check
+from test_batch_norm_cpu import ACTIVATIONS, CPU, DTYPES, LAYOUTS, SHAPES, check
 import torch, aeup
 assert aeup.explain(aeup.batch_norm, torch.zeros(1, 1, 2, 2), None, None, training=True)[0].kernel.endswith(sys.argv[2])
 for shape, dtype, layout in itertools.product(SHAPES[:4], DTYPES, LAYOUTS):
     for activation in ACTIVATIONS:
-        check(shape, dtype, layout, True, activation)
-    check(shape, dtype, layout, False, "silu")
+        check(shape, dtype, layout, activation, **CPU)
+    check(shape, dtype, layout, "silu", training=False, **CPU)
 print("checked")
 """
 
