@@ -420,10 +420,10 @@ def batch_norm(
     the input twice and writes once, and its gradient reads twice and writes once; outside training once each.
 
     Signature, defaults, strides and errors are torch's; the dtype and the memory format of `input` are kept, under
-    autocast too. On a GPU float64, float32, float16 and bfloat16, NCHW and channels-last, with all [C] tensors in
+    autocast too. aeup serves float64, float32, float16 and bfloat16, NCHW and channels-last, with all [C] tensors in
     float32 (float64 beside float64) or in the dtype of `input`; arithmetic is in float32 (float64), with the same bits
-    on every run. Gradients of any order. Everything else goes to torch, a CPU's tensors also; :func:`aeup.explain`
-    says so.
+    on every run. Gradients of any order. Everything else goes to torch, and what :func:`torch.compile` makes for a CPU;
+    :func:`aeup.explain` says so.
 
     Args:
         input: [N, C, H, W].
