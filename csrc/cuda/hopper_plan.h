@@ -106,7 +106,8 @@ const Choice& remembered(const Convolution& c, Pass pass, Plan plan) {
   return known.emplace(key, plan(c)).first->second;
 }
 
-inline void set_dividers(GemmParams* p) {
+template <class P>
+void set_dividers(P* p) {
   p->by_splits = Divider(p->splits), p->by_groups = Divider(p->groups), p->by_blocks = Divider(p->blocks);
   p->by_c = Divider(p->c);
   p->by_tiles_w = Divider(p->tiles_w), p->by_tiles_h = Divider(p->tiles_h);
