@@ -4,7 +4,6 @@
 
 namespace {
 
-using aeup::sizes;
 using torch::stable::Tensor;
 
 constexpr const char* kName = "aeup.conv_transpose2d";
@@ -13,8 +12,7 @@ struct Geometry {
   int64_t sh, sw, ph, pw, groups, dh, dw;
 };
 // Sizes of the map; nothing of the layouts. Throws where a kernel would read out of bounds.
-aeup::Convolution describe(const Geometry& g, const std::vector<int64_t>& input, const std::vector<int64_t>& output,
-                           const std::vector<int64_t>& weight, bool tf32) {
+aeup::Convolution describe(const Geometry& g, aeup::Sizes input, aeup::Sizes output, aeup::Sizes weight, bool tf32) {
   const int64_t kh = weight[2], kw = weight[3];
   for (const int64_t v : {g.sh, g.sw, g.groups, g.dh, g.dw, kh, kw})
     aeup::check_argument(kName, "stride, groups, dilation and kernel size", v);
@@ -50,10 +48,10 @@ aeup::Convolution forward_of(const Tensor& input, const Tensor& weight, const Ge
   aeup::check(kName, input, "input", 4);
   aeup::check(kName, weight, "weight", 4);
   aeup::same_kind(kName, weight, input, "weight");
-  const std::vector<int64_t> out{input.size(0), weight.size(1) * g.groups,
-                                 output_size(input.size(2), g.sh, g.ph, oph, weight.size(2), g.dh),
-                                 output_size(input.size(3), g.sw, g.pw, opw, weight.size(3), g.dw)};
-  auto c = describe(g, sizes(input), out, sizes(weight), tf32);
+  const int64_t out[4] = {input.size(0), weight.size(1) * g.groups,
+                          output_size(input.size(2), g.sh, g.ph, oph, weight.size(2), g.dh),
+                          output_size(input.size(3), g.sw, g.pw, opw, weight.size(3), g.dw)};
+  auto c = describe(g, input.sizes(), out, weight.sizes(), tf32);
   aeup::set_layout(kName, &c, input, weight, weight);
   return c;
 }
@@ -78,7 +76,7 @@ aeup::Convolution input_gradient_of(const Tensor& grad, const Tensor& weight, in
                                     bool tf32) {
   aeup::check(kName, grad, "grad", 4);
   aeup::check_beside(kName, grad, weight, "weight");
-  auto c = describe(g, {grad.size(0), weight.size(0), ih, iw}, sizes(grad), sizes(weight), tf32);
+  auto c = describe(g, {grad.size(0), weight.size(0), ih, iw}, grad.sizes(), weight.sizes(), tf32);
   aeup::set_layout(kName, &c, grad, weight, weight);
   return c;
 }
@@ -93,7 +91,7 @@ aeup::Convolution weight_gradient_of(const Tensor& grad, const Tensor& input, co
   aeup::check(kName, grad, "grad", 4);
   aeup::check_beside(kName, grad, input, "input");
   aeup::check_beside(kName, grad, like, "weight_like");
-  auto c = describe(g, sizes(input), sizes(grad), sizes(like), tf32);
+  auto c = describe(g, input.sizes(), grad.sizes(), like.sizes(), tf32);
   aeup::set_layout(kName, &c, grad, input, like);
   return c;
 }
@@ -161,7 +159,7 @@ Epilogue epilogue_of(const Tensor& given, const std::optional<Tensor>& output, i
   if (active) {
     if (!output) fail(kEpilogue, "an activation needs its output");
     same_kind(kEpilogue, *output, given, "output");
-    if (sizes(*output) != sizes(given)) fail(kEpilogue, "grad and output differ in size");
+    if (output->sizes() != given.sizes()) fail(kEpilogue, "grad and output differ in size");
   }
   e.slope = slope;
   e.n = given.size(0), e.c = given.size(1), e.pixels = given.size(2) * given.size(3);
@@ -178,7 +176,7 @@ Tensor run_epilogue(const Epilogue& p) {
     launch(p, nullptr, 0);
     return p.grad;
   }
-  Tensor before = empty_like(p.grad, sizes(p.grad), p.e.channels_last);
+  Tensor before = empty_like(p.grad, p.grad.sizes(), p.e.channels_last);
   launch(p, before.mutable_data_ptr(), 0);
   return before;
 }

@@ -5,7 +5,6 @@
 
 namespace {
 
-using aeup::sizes;
 using torch::stable::Tensor;
 
 constexpr const char* kName = "aeup.upsample_conv2d";
@@ -18,8 +17,7 @@ int64_t output_size(int64_t in, int64_t scale, int64_t padding, int64_t kernel) 
 }
 // Sizes of the map; nothing of the layouts. Throws where a kernel would read out of bounds. weight [co, ci / groups,
 // kh, kw].
-aeup::Convolution describe(const Geometry& g, const std::vector<int64_t>& input, const std::vector<int64_t>& output,
-                           const std::vector<int64_t>& weight, bool tf32) {
+aeup::Convolution describe(const Geometry& g, aeup::Sizes input, aeup::Sizes output, aeup::Sizes weight, bool tf32) {
   const int64_t kh = weight[2], kw = weight[3];
   for (const int64_t v : {g.sh, g.sw, g.groups, kh, kw})
     aeup::check_argument(kName, "scale, groups and kernel size", v);
@@ -43,10 +41,9 @@ aeup::Convolution forward_of(const Tensor& input, const Tensor& weight, const Ge
   aeup::check(kName, input, "input", 4);
   aeup::check(kName, weight, "weight", 4);
   aeup::same_kind(kName, weight, input, "weight");
-  const std::vector<int64_t> output{input.size(0), weight.size(0),
-                                    output_size(input.size(2), g.sh, g.ph, weight.size(2)),
-                                    output_size(input.size(3), g.sw, g.pw, weight.size(3))};
-  auto c = describe(g, sizes(input), output, sizes(weight), tf32);
+  const int64_t output[4] = {input.size(0), weight.size(0), output_size(input.size(2), g.sh, g.ph, weight.size(2)),
+                             output_size(input.size(3), g.sw, g.pw, weight.size(3))};
+  auto c = describe(g, input.sizes(), output, weight.sizes(), tf32);
   aeup::set_layout(kName, &c, input, weight, weight);
   return c;
 }
@@ -69,7 +66,7 @@ aeup::Convolution input_gradient_of(const Tensor& grad, const Tensor& weight, in
                                     bool tf32) {
   aeup::check(kName, grad, "grad", 4);
   aeup::check_beside(kName, grad, weight, "weight");
-  auto c = describe(g, {grad.size(0), weight.size(1) * g.groups, ih, iw}, sizes(grad), sizes(weight), tf32);
+  auto c = describe(g, {grad.size(0), weight.size(1) * g.groups, ih, iw}, grad.sizes(), weight.sizes(), tf32);
   aeup::set_layout(kName, &c, grad, weight, weight);
   return c;
 }
@@ -84,7 +81,7 @@ aeup::Convolution weight_gradient_of(const Tensor& grad, const Tensor& input, co
   aeup::check(kName, grad, "grad", 4);
   aeup::check_beside(kName, grad, input, "input");
   aeup::check_beside(kName, grad, like, "weight_like");
-  auto c = describe(g, sizes(input), sizes(grad), sizes(like), tf32);
+  auto c = describe(g, input.sizes(), grad.sizes(), like.sizes(), tf32);
   aeup::set_layout(kName, &c, grad, input, like);
   return c;
 }

@@ -21,6 +21,7 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 
 namespace aeup {
 
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;  // borrowed
 using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -63,12 +64,33 @@ inline MemoryFormat format_of(bool channels_last) {
 inline Tensor dense(const Tensor& x, bool channels_last) {
   return is_dense(x, channels_last) ? x : torch::stable::contiguous(x, format_of(channels_last));
 }
-// An uninitialised tensor. The shim's own function, not torch::stable::empty, which looks the operator up by its name
-// in every call. On a CPU that function leaves out what deterministic mode wants: to fill the memory.
-inline Tensor empty_like(const Tensor& x, const std::vector<int64_t>& size, bool channels_last, bool as_bytes = false) {
-  if (x.is_cpu())
-    return torch::stable::empty(size, x.scalar_type(), std::nullopt, x.device(), std::nullopt,
-                                format_of(channels_last));
+inline Tensor dense(const Tensor& x) {  // of one dimension
+  return x.size(0) <= 1 || x.stride(0) == 1 ? x : torch::stable::contiguous(x);
+}
+
+// The dtype as the shim's number, which the shim tells at once: a ScalarType takes up to 20 calls.
+inline int32_t dtype_code(const Tensor& x) {
+  int32_t dtype = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  return dtype;
+}
+inline int32_t device_type(const Tensor& x) {
+  int32_t type = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &type));
+  return type;
+}
+inline bool same_device(const Tensor& x, const Tensor& y) {
+  return device_type(x) == device_type(y) && x.get_device_index() == y.get_device_index();
+}
+
+// An uninitialised tensor, of x's dtype unless another one is given. The shim's own function, not torch::stable::empty,
+// which looks the operator up by its name in every call. On a CPU that function leaves out what deterministic mode
+// wants: to fill the memory.
+inline Tensor empty_like(const Tensor& x, Sizes size, bool channels_last, std::optional<int32_t> dtype = {}) {
+  const int32_t type = device_type(x), code = dtype ? *dtype : dtype_code(x);
+  if (type == aoti_torch_device_type_cpu())
+    return torch::stable::empty(size, torch::stable::detail::to<ScalarType>(torch::stable::detail::from(code)),
+                                std::nullopt, x.device(), std::nullopt, format_of(channels_last));
   int64_t strides[4];
   const int rank = int(size.size());
   const int nchw[4] = {rank - 1, rank - 2, rank - 3, rank - 4}, nhwc[4] = {1, 3, 2, 0};
@@ -78,23 +100,19 @@ inline Tensor empty_like(const Tensor& x, const std::vector<int64_t>& size, bool
     strides[d] = stride, stride *= channels_last || size[d] > 0 ? size[d] : 1;
   }
   AtenTensorHandle handle = nullptr;
-  int32_t dtype = aoti_torch_dtype_uint8(), type = 0;
-  if (!as_bytes) STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &type));
   STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(rank, size.data(), strides, dtype, type, x.get_device_index(), &handle));
+      aoti_torch_empty_strided(rank, size.data(), strides, code, type, x.get_device_index(), &handle));
   return Tensor(handle);
 }
 
 inline std::optional<DType> dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return DType::f32;
-    case ScalarType::Double: return DType::f64;
-    case ScalarType::Half: return DType::f16;
-    case ScalarType::BFloat16: return DType::bf16;
-    case ScalarType::Byte: return DType::u8;
-    default: return std::nullopt;
-  }
+  const int32_t code = dtype_code(x);
+  if (code == aoti_torch_dtype_float32()) return DType::f32;
+  if (code == aoti_torch_dtype_bfloat16()) return DType::bf16;
+  if (code == aoti_torch_dtype_float16()) return DType::f16;
+  if (code == aoti_torch_dtype_float64()) return DType::f64;
+  if (code == aoti_torch_dtype_uint8()) return DType::u8;
+  return std::nullopt;
 }
 
 #ifdef AEUP_WITH_CUDA
@@ -106,12 +124,12 @@ inline void* current_stream(const char* op, const Tensor& x) {
 }
 // Device memory for the length of a call: torch's allocator keeps it in the order of the stream.
 struct Workspace {
-  Tensor memory;
+  std::optional<Tensor> memory;
   void* data = nullptr;
   Workspace(const Tensor& like, int64_t bytes) {
     if (bytes <= 0) return;
-    memory = empty_like(like, {bytes}, false, true);
-    data = memory.mutable_data_ptr();
+    memory = empty_like(like, {bytes}, false, aoti_torch_dtype_uint8());
+    data = memory->mutable_data_ptr();
   }
 };
 #endif

@@ -314,7 +314,7 @@ __global__ void __launch_bounds__(FloatShape<BM, BN, kStrict>::kThreads, 1)
 template <int BM, int BN, bool kStrict>
 const char* launch_float(const FloatParams& p, bool nchw, void* stream) {
   using S = FloatShape<BM, BN, kStrict>;
-  const int64_t grid = p.tiles < multiprocessors() ? p.tiles : multiprocessors();
+  const int64_t grid = min(p.tiles, multiprocessors());
   if (p.activation > int(Activation::leaky_relu))
     AEUP_LAUNCH((hopper_float<BM, BN, kStrict, true>), grid, S::kThreads, S::kBytes, stream, p, nchw);
   else

@@ -8,7 +8,7 @@ template <class T, int kConfig, bool kSmooth>
 const char* run(const ForwardParams& p, void* stream) {
   constexpr int BM = kGemmConfigs[kConfig].bm, BN = kGemmConfigs[kConfig].bn;
   using S = GemmShape<BM, BN>;
-  const int64_t grid = p.tiles < multiprocessors() ? p.tiles : multiprocessors();
+  const int64_t grid = min(p.tiles, multiprocessors());
   return launch_early<hopper_gemm<T, BM, BN, true, kSmooth, false, ForwardParams>>(grid, S::kThreads, S::kBytes, stream,
                                                                                    p);
 }

@@ -8,7 +8,7 @@ template <class T, int kConfig, class P>
 const char* run(const P& p, void* stream) {
   constexpr int BM = kGemmConfigs[kConfig].bm, BN = kGemmConfigs[kConfig].bn;
   using S = GemmShape<BM, BN>;
-  const int64_t grid = p.tiles < multiprocessors() ? p.tiles : multiprocessors();
+  const int64_t grid = min(p.tiles, multiprocessors());
   return p.splits > 1
              ? launch_early<hopper_gemm<T, BM, BN, false, false, true, P>>(grid, S::kThreads, S::kBytes, stream, p)
              : launch_early<hopper_gemm<T, BM, BN, false, false, false, P>>(grid, S::kThreads, S::kBytes, stream, p);

@@ -8,7 +8,7 @@ template <class T, int kConfig, int kPhases, bool kForward, bool kSmooth, class 
 const char* run(const P& p, void* stream) {
   constexpr int BM = kNchwConfigs[kConfig].bm, BN = kNchwConfigs[kConfig].columns;
   using S = NchwShape<BM, BN>;
-  const int64_t grid = p.tiles < multiprocessors() ? p.tiles : multiprocessors();
+  const int64_t grid = min(p.tiles, multiprocessors());
   return launch_early<hopper_gemm_nchw<T, BM, BN, kPhases, kForward, kSmooth, P>>(grid, S::kThreads, S::kBytes, stream,
                                                                                   p);
 }
