@@ -2,6 +2,10 @@
 // autograd; aeup/ops/conv_transpose2d.py builds the public operators on them.
 #include "ops_convolution.h"
 
+#include <algorithm>
+#include <deque>
+#include <mutex>
+
 namespace {
 
 using torch::stable::Tensor;
@@ -44,7 +48,7 @@ int64_t output_size(int64_t in, int64_t s, int64_t p, int64_t extra, int64_t k, 
 }
 
 aeup::Convolution forward_of(const Tensor& input, const Tensor& weight, const Geometry& g, int64_t oph, int64_t opw,
-                             bool tf32) {
+                             bool tf32, int64_t activation = 0, double slope = 0) {
   aeup::check(kName, input, "input", 4);
   aeup::check(kName, weight, "weight", 4);
   aeup::same_kind(kName, weight, input, "weight");
@@ -53,6 +57,7 @@ aeup::Convolution forward_of(const Tensor& input, const Tensor& weight, const Ge
                           output_size(input.size(3), g.sw, g.pw, opw, weight.size(3), g.dw)};
   auto c = describe(g, input.sizes(), out, weight.sizes(), tf32);
   aeup::set_layout(kName, &c, input, weight, weight);
+  c.activation = aeup::activation_of(kName, activation), c.slope = slope;
   return c;
 }
 
@@ -68,8 +73,14 @@ std::string kernel_name(const Tensor& input, const Tensor& weight, int64_t sh, i
 Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, int64_t sh, int64_t sw,
                int64_t ph, int64_t pw, int64_t oph, int64_t opw, int64_t groups, int64_t dh, int64_t dw,
                int64_t activation, double slope, bool tf32, std::string family) {
-  const auto c = forward_of(input, weight, {sh, sw, ph, pw, groups, dh, dw}, oph, opw, tf32);
-  return aeup::run_forward(kName, c, input, weight, bias, activation, slope, family);
+  const auto c = forward_of(input, weight, {sh, sw, ph, pw, groups, dh, dw}, oph, opw, tf32, activation, slope);
+  return aeup::run_forward(kName, c, input, weight, bias, family);
+}
+int64_t forward_plan(const Tensor& input, const Tensor& weight, int64_t sh, int64_t sw, int64_t ph, int64_t pw,
+                     int64_t oph, int64_t opw, int64_t groups, int64_t dh, int64_t dw, int64_t activation, double slope,
+                     bool tf32) {
+  const auto c = forward_of(input, weight, {sh, sw, ph, pw, groups, dh, dw}, oph, opw, tf32, activation, slope);
+  return aeup::keep_forward(kName, c, input, weight);
 }
 
 aeup::Convolution input_gradient_of(const Tensor& grad, const Tensor& weight, int64_t ih, int64_t iw, const Geometry& g,
@@ -120,6 +131,42 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& in
 namespace aeup {
 namespace {
 
+struct Shape {  // of a tensor of 4 dimensions
+  int64_t size[4], stride[4];
+  int32_t dtype, device;
+  explicit Shape(const Tensor& x) : dtype(dtype_code(x)), device(x.get_device_index()) {
+    const Sizes sizes = x.sizes(), strides = x.strides();
+    std::copy(sizes.begin(), sizes.end(), size), std::copy(strides.begin(), strides.end(), stride);
+  }
+  bool operator==(const Shape& other) const {
+    return std::equal(size, size + 4, other.size) && std::equal(stride, stride + 4, other.stride) &&
+           dtype == other.dtype && device == other.device;
+  }
+};
+struct Kept {
+  const char* op;
+  Convolution c;
+  Shape input, weight;
+};
+constexpr size_t kMostKept = 1 << 16;
+std::mutex kept_mutex;
+std::deque<Kept> kept;  // an element stays where it is
+
+Tensor conv_planned(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, int64_t number) {
+  constexpr const char* kPlanned = "aeup_native.conv_planned";
+  const Kept* plan = nullptr;
+  {
+    const std::lock_guard<std::mutex> lock(kept_mutex);
+    if (number >= 0 && number < int64_t(kept.size())) plan = &kept[size_t(number)];
+  }
+  if (!plan) fail(kPlanned, "there is no plan " + std::to_string(number));
+  check(kPlanned, input, "input", 4);
+  check(kPlanned, weight, "weight", 4);
+  if (!(Shape(input) == plan->input) || !(Shape(weight) == plan->weight))
+    fail(plan->op, "the tensors are not those of plan " + std::to_string(number));
+  return run_forward(plan->op, plan->c, input, weight, bias, "");
+}
+
 constexpr const char* kEpilogue = "aeup.conv_epilogue_gradient";
 
 // before: null where there is no activation, unless it is to be rows of `pitch` bytes.
@@ -147,6 +194,13 @@ std::tuple<Tensor, Tensor> epilogue_gradient(const Tensor& grad, const std::opti
 }
 
 }  // namespace
+
+int64_t keep_forward(const char* op, const Convolution& c, const Tensor& input, const Tensor& weight) {
+  const std::lock_guard<std::mutex> lock(kept_mutex);
+  if (kept.size() == kMostKept) return -1;
+  kept.push_back({op, c, Shape(input), Shape(weight)});
+  return int64_t(kept.size()) - 1;
+}
 
 Epilogue epilogue_of(const Tensor& given, const std::optional<Tensor>& output, int64_t activation, double slope,
                      bool want_bias) {
@@ -192,6 +246,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(aeup_native, m) {
       "conv_transpose2d(Tensor input, Tensor weight, Tensor? bias, int sh, int sw, int ph, int pw, int oph, int opw, "
       "int groups, int dh, int dw, int activation, float slope, bool tf32, str family) -> Tensor");
   m.def(
+      "conv_transpose2d_plan(Tensor input, Tensor weight, int sh, int sw, int ph, int pw, int oph, int opw, "
+      "int groups, int dh, int dw, int activation, float slope, bool tf32) -> int");
+  m.def("conv_planned(Tensor input, Tensor weight, Tensor? bias, int number) -> Tensor");
+  m.def(
       "conv_transpose2d_input_gradient(Tensor grad, Tensor weight, int ih, int iw, int sh, int sw, int ph, int pw, "
       "int groups, int dh, int dw, bool tf32, str family) -> Tensor");
   m.def(
@@ -216,6 +274,8 @@ STABLE_TORCH_LIBRARY_IMPL(aeup_native, CompositeExplicitAutograd, m) {
 #ifdef AEUP_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(aeup_native, CUDA, m) {
   m.impl("conv_transpose2d", TORCH_BOX(&forward));
+  m.impl("conv_transpose2d_plan", TORCH_BOX(&forward_plan));
+  m.impl("conv_planned", TORCH_BOX(&aeup::conv_planned));
   m.impl("conv_transpose2d_input_gradient", TORCH_BOX(&input_gradient));
   m.impl("conv_transpose2d_weight_gradient", TORCH_BOX(&weight_gradient));
   m.impl("conv_transpose2d_backward", TORCH_BOX(&backward));

@@ -107,10 +107,7 @@ inline void run(const char* op, const Convolution& c, Pass pass, const std::stri
 
 // The three passes of a described problem.
 inline Tensor run_forward(const char* op, Convolution c, const Tensor& given, const Tensor& given_weight,
-                          const std::optional<Tensor>& bias, int64_t activation, double slope,
-                          const std::string& family) {
-  c.activation = activation_of(op, activation);
-  c.slope = slope;
+                          const std::optional<Tensor>& bias, const std::string& family) {
   const torch::stable::accelerator::DeviceGuard guard(given.get_device_index());
   const Tensor input = dense(given, c.channels_last), weight = dense(given_weight, c.weight_channels_last);
   const std::optional<Tensor> added = bias_of(op, bias, given, c.co);
@@ -145,6 +142,11 @@ inline Tensor run_weight_gradient(const char* op, Convolution c, const Tensor& g
   run(op, c, Pass::weight_gradient, family, grad);
   return result;
 }
+
+// Keeps the description of a forward call with these tensors. aeup_native.conv_planned(input, weight, bias, number)
+// then runs it for all that are alike: a call's 13 numbers take longer on their way here than all the rest. -1 where no
+// more are kept.
+int64_t keep_forward(const char* op, const Convolution& c, const Tensor& input, const Tensor& weight);
 
 // The gradient of bias and activation (ops_convolution.cpp). Where there is something to compute, grad and output are
 // dense in one layout.

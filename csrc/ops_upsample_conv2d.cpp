@@ -37,7 +37,8 @@ aeup::Convolution describe(const Geometry& g, aeup::Sizes input, aeup::Sizes out
   return c;
 }
 
-aeup::Convolution forward_of(const Tensor& input, const Tensor& weight, const Geometry& g, bool tf32) {
+aeup::Convolution forward_of(const Tensor& input, const Tensor& weight, const Geometry& g, bool tf32,
+                             int64_t activation = 0, double slope = 0) {
   aeup::check(kName, input, "input", 4);
   aeup::check(kName, weight, "weight", 4);
   aeup::same_kind(kName, weight, input, "weight");
@@ -45,6 +46,7 @@ aeup::Convolution forward_of(const Tensor& input, const Tensor& weight, const Ge
                              output_size(input.size(3), g.sw, g.pw, weight.size(3))};
   auto c = describe(g, input.sizes(), output, weight.sizes(), tf32);
   aeup::set_layout(kName, &c, input, weight, weight);
+  c.activation = aeup::activation_of(kName, activation), c.slope = slope;
   return c;
 }
 
@@ -58,8 +60,13 @@ std::string kernel_name(const Tensor& input, const Tensor& weight, int64_t sh, i
 Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, int64_t sh, int64_t sw,
                int64_t ph, int64_t pw, int64_t groups, int64_t activation, double slope, bool tf32,
                std::string family) {
-  const auto c = forward_of(input, weight, {sh, sw, ph, pw, groups}, tf32);
-  return aeup::run_forward(kName, c, input, weight, bias, activation, slope, family);
+  const auto c = forward_of(input, weight, {sh, sw, ph, pw, groups}, tf32, activation, slope);
+  return aeup::run_forward(kName, c, input, weight, bias, family);
+}
+int64_t forward_plan(const Tensor& input, const Tensor& weight, int64_t sh, int64_t sw, int64_t ph, int64_t pw,
+                     int64_t groups, int64_t activation, double slope, bool tf32) {
+  const auto c = forward_of(input, weight, {sh, sw, ph, pw, groups}, tf32, activation, slope);
+  return aeup::keep_forward(kName, c, input, weight);
 }
 
 aeup::Convolution input_gradient_of(const Tensor& grad, const Tensor& weight, int64_t ih, int64_t iw, const Geometry& g,
@@ -108,6 +115,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(aeup_native, m) {
       "upsample_conv2d(Tensor input, Tensor weight, Tensor? bias, int sh, int sw, int ph, int pw, int groups, "
       "int activation, float slope, bool tf32, str family) -> Tensor");
   m.def(
+      "upsample_conv2d_plan(Tensor input, Tensor weight, int sh, int sw, int ph, int pw, int groups, int activation, "
+      "float slope, bool tf32) -> int");
+  m.def(
       "upsample_conv2d_input_gradient(Tensor grad, Tensor weight, int ih, int iw, int sh, int sw, int ph, int pw, "
       "int groups, bool tf32, str family) -> Tensor");
   m.def(
@@ -129,6 +139,7 @@ STABLE_TORCH_LIBRARY_IMPL(aeup_native, CompositeExplicitAutograd, m) {
 #ifdef AEUP_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(aeup_native, CUDA, m) {
   m.impl("upsample_conv2d", TORCH_BOX(&forward));
+  m.impl("upsample_conv2d_plan", TORCH_BOX(&forward_plan));
   m.impl("upsample_conv2d_input_gradient", TORCH_BOX(&input_gradient));
   m.impl("upsample_conv2d_weight_gradient", TORCH_BOX(&weight_gradient));
   m.impl("upsample_conv2d_backward", TORCH_BOX(&backward));
