@@ -2,10 +2,6 @@
 // autograd; aeup/ops/conv_transpose2d.py builds the public operators on them.
 #include "ops_convolution.h"
 
-#include <algorithm>
-#include <deque>
-#include <mutex>
-
 namespace {
 
 using torch::stable::Tensor;
@@ -131,34 +127,16 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& in
 namespace aeup {
 namespace {
 
-struct Shape {  // of a tensor of 4 dimensions
-  int64_t size[4], stride[4];
-  int32_t dtype, device;
-  explicit Shape(const Tensor& x) : dtype(dtype_code(x)), device(x.get_device_index()) {
-    const Sizes sizes = x.sizes(), strides = x.strides();
-    std::copy(sizes.begin(), sizes.end(), size), std::copy(strides.begin(), strides.end(), stride);
-  }
-  bool operator==(const Shape& other) const {
-    return std::equal(size, size + 4, other.size) && std::equal(stride, stride + 4, other.stride) &&
-           dtype == other.dtype && device == other.device;
-  }
-};
 struct Kept {
   const char* op;
   Convolution c;
   Shape input, weight;
 };
-constexpr size_t kMostKept = 1 << 16;
-std::mutex kept_mutex;
-std::deque<Kept> kept;  // an element stays where it is
+Keep<Kept> kept;
 
 Tensor conv_planned(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, int64_t number) {
   constexpr const char* kPlanned = "aeup_native.conv_planned";
-  const Kept* plan = nullptr;
-  {
-    const std::lock_guard<std::mutex> lock(kept_mutex);
-    if (number >= 0 && number < int64_t(kept.size())) plan = &kept[size_t(number)];
-  }
+  const Kept* plan = kept.find(number);
   if (!plan) fail(kPlanned, "there is no plan " + std::to_string(number));
   check(kPlanned, input, "input", 4);
   check(kPlanned, weight, "weight", 4);
@@ -196,10 +174,7 @@ std::tuple<Tensor, Tensor> epilogue_gradient(const Tensor& grad, const std::opti
 }  // namespace
 
 int64_t keep_forward(const char* op, const Convolution& c, const Tensor& input, const Tensor& weight) {
-  const std::lock_guard<std::mutex> lock(kept_mutex);
-  if (kept.size() == kMostKept) return -1;
-  kept.push_back({op, c, Shape(input), Shape(weight)});
-  return int64_t(kept.size()) - 1;
+  return kept.add({op, c, Shape(input), Shape(weight)});
 }
 
 Epilogue epilogue_of(const Tensor& given, const std::optional<Tensor>& output, int64_t activation, double slope,

@@ -143,9 +143,8 @@ inline Tensor run_weight_gradient(const char* op, Convolution c, const Tensor& g
   return result;
 }
 
-// Keeps the description of a forward call with these tensors. aeup_native.conv_planned(input, weight, bias, number)
-// then runs it for all that are alike: a call's 13 numbers take longer on their way here than all the rest. -1 where no
-// more are kept.
+// Keeps the description of a forward call with these tensors, under a number or -1 (Keep): what
+// aeup_native.conv_planned(input, weight, bias, number) runs for all that are alike.
 int64_t keep_forward(const char* op, const Convolution& c, const Tensor& input, const Tensor& weight);
 
 // The gradient of bias and activation (ops_convolution.cpp). Where there is something to compute, grad and output are

@@ -7,6 +7,9 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <deque>
+#include <mutex>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -82,6 +85,39 @@ inline int32_t device_type(const Tensor& x) {
 inline bool same_device(const Tensor& x, const Tensor& y) {
   return device_type(x) == device_type(y) && x.get_device_index() == y.get_device_index();
 }
+
+struct Shape {  // of a tensor of 4 dimensions
+  int64_t size[4], stride[4];
+  int32_t dtype, device;
+  explicit Shape(const Tensor& x) : dtype(dtype_code(x)), device(x.get_device_index()) {
+    const Sizes sizes = x.sizes(), strides = x.strides();
+    std::copy(sizes.begin(), sizes.end(), size), std::copy(strides.begin(), strides.end(), stride);
+  }
+  bool operator==(const Shape& other) const {
+    return std::equal(size, size + 4, other.size) && std::equal(stride, stride + 4, other.stride) &&
+           dtype == other.dtype && device == other.device;
+  }
+};
+
+// Descriptions of calls, by number. Later calls name theirs: each argument of an operator takes long on its way here.
+template <class T>
+class Keep {
+ public:
+  int64_t add(T value) {  // -1 where no more are kept
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (kept_.size() == size_t(1) << 16) return -1;
+    kept_.push_back(std::move(value));
+    return int64_t(kept_.size()) - 1;
+  }
+  const T* find(int64_t number) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return number >= 0 && number < int64_t(kept_.size()) ? &kept_[size_t(number)] : nullptr;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::deque<T> kept_;  // an element stays where it is
+};
 
 // An uninitialised tensor, of x's dtype unless another one is given. The shim's own function, not torch::stable::empty,
 // which looks the operator up by its name in every call. On a CPU that function leaves out what deterministic mode
