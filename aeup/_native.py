@@ -36,7 +36,7 @@ def raise_if_out_of_memory(error: RuntimeError, device: torch.device) -> None:
     text = str(error)
     if "out of memory" in text:
         raise torch.OutOfMemoryError(text) from error
-    if '"aten::empty"' in text and "API call failed" in text:
+    if "API call failed" in text and ('"aten::empty"' in text or "aoti_torch_empty_strided" in text):
         text = f"aeup: out of memory: torch could not allocate a result or a workspace on {device}"
         if device.type == "cuda":
             free, total = torch.cuda.mem_get_info(device)

@@ -22,12 +22,15 @@ _ORDER = {"cpu": ("cpu", "composed", "torch"), "cuda": ("cuda", "triton", "compo
 class Kernel:
     """A backend's implementation of an op. `run`, `refuses` and `yields` take the op's arguments. `refuses` gives the
     reason why it cannot serve the call, or None; `yields`, if given, why the choice "auto" goes on to the next backend
-    although it could; `label`, if given, names what would run within the backend (its tensors are meta tensors)."""
+    although it could; `label`, if given, names what would run within the backend (its tensors are meta tensors).
+    `plan`, if given, makes a function of the tensors alone that does what `run` does for all calls that are alike, or
+    gives None."""
 
     run: Callable[..., Any]
     refuses: Callable[..., str | None]
     label: Callable[..., str] | None = None
     yields: Callable[..., str | None] | None = None
+    plan: Callable[..., Callable | None] | None = None
 
     def passes(self, *args) -> str | None:
         """Why "auto" does not take it, or None."""

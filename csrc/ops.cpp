@@ -64,18 +64,39 @@ Tensor interpolate(const Tensor& given, aeup::Problem p, const Launch& launch) {
   return dst;
 }
 
-Tensor interpolate_cpu(const Tensor& src, int64_t ih, int64_t iw, int64_t oh, int64_t ow, int64_t mode,
-                       bool align_corners, bool antialias, double scale_h, double scale_w, bool backward) {
+struct Kept {
+  aeup::Problem p;
+  aeup::Shape src;
+};
+aeup::Keep<Kept> kept;
+
+// Keeps the description of a call for interpolate_planned, under a number or -1.
+int64_t interpolate_plan(const Tensor& src, int64_t ih, int64_t iw, int64_t oh, int64_t ow, int64_t mode,
+                         bool align_corners, bool antialias, double scale_h, double scale_w, bool backward) {
   const auto p = describe(src, ih, iw, oh, ow, mode, align_corners, antialias, scale_h, scale_w, backward);
+  return kept.add({p, aeup::Shape(src)});
+}
+const aeup::Problem& planned(const Tensor& src, int64_t number) {
+  const Kept* plan = kept.find(number);
+  if (!plan) fail("there is no plan " + std::to_string(number));
+  if (src.dim() != 4 || !(aeup::Shape(src) == plan->src))
+    fail("the tensor is not that of plan " + std::to_string(number));
+  return plan->p;
+}
+
+Tensor run_cpu(const Tensor& src, const aeup::Problem& p) {
   return interpolate(src, p, [](const aeup::Problem& q, const Tensor&) {
     aeup::interpolate_cpu(q, torch::stable::get_num_threads(), aeup::torch_parallel);
   });
 }
+Tensor interpolate_cpu(const Tensor& src, int64_t ih, int64_t iw, int64_t oh, int64_t ow, int64_t mode,
+                       bool align_corners, bool antialias, double scale_h, double scale_w, bool backward) {
+  return run_cpu(src, describe(src, ih, iw, oh, ow, mode, align_corners, antialias, scale_h, scale_w, backward));
+}
+Tensor interpolate_planned_cpu(const Tensor& src, int64_t number) { return run_cpu(src, planned(src, number)); }
 
 #ifdef AEUP_WITH_CUDA
-Tensor interpolate_cuda(const Tensor& src, int64_t ih, int64_t iw, int64_t oh, int64_t ow, int64_t mode,
-                        bool align_corners, bool antialias, double scale_h, double scale_w, bool backward) {
-  const auto p = describe(src, ih, iw, oh, ow, mode, align_corners, antialias, scale_h, scale_w, backward);
+Tensor run_cuda(const Tensor& src, const aeup::Problem& p) {
   const torch::stable::accelerator::DeviceGuard guard(src.get_device_index());
   return interpolate(src, p, [](const aeup::Problem& q, const Tensor& x) {
     void* const stream = aeup::current_stream("aeup.interpolate", x);
@@ -84,6 +105,11 @@ Tensor interpolate_cuda(const Tensor& src, int64_t ih, int64_t iw, int64_t oh, i
     if (error) fail(std::string("CUDA kernel: ") + error);
   });
 }
+Tensor interpolate_cuda(const Tensor& src, int64_t ih, int64_t iw, int64_t oh, int64_t ow, int64_t mode,
+                        bool align_corners, bool antialias, double scale_h, double scale_w, bool backward) {
+  return run_cuda(src, describe(src, ih, iw, oh, ow, mode, align_corners, antialias, scale_h, scale_w, backward));
+}
+Tensor interpolate_planned_cuda(const Tensor& src, int64_t number) { return run_cuda(src, planned(src, number)); }
 #endif
 
 // Which kernel would serve, for aeup.explain; `src` is a meta tensor with the sizes and strides.
@@ -107,6 +133,10 @@ STABLE_TORCH_LIBRARY(aeup_native, m) {
       "interpolate(Tensor src, int ih, int iw, int oh, int ow, int mode, bool align_corners, bool antialias, "
       "float scale_h, float scale_w, bool backward) -> Tensor");
   m.def(
+      "interpolate_plan(Tensor src, int ih, int iw, int oh, int ow, int mode, bool align_corners, bool antialias, "
+      "float scale_h, float scale_w, bool backward) -> int");
+  m.def("interpolate_planned(Tensor src, int number) -> Tensor");
+  m.def(
       "interpolate_kernel(Tensor src, int ih, int iw, int oh, int ow, int mode, bool align_corners, bool antialias, "
       "float scale_h, float scale_w, bool backward, bool cuda) -> str");
   m.def("cpu_instruction_set() -> str");
@@ -114,15 +144,22 @@ STABLE_TORCH_LIBRARY(aeup_native, m) {
 
 std::string instruction_set() { return aeup::cpu_instruction_set(); }
 
-STABLE_TORCH_LIBRARY_IMPL(aeup_native, CPU, m) { m.impl("interpolate", TORCH_BOX(&interpolate_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(aeup_native, CPU, m) {
+  m.impl("interpolate", TORCH_BOX(&interpolate_cpu));
+  m.impl("interpolate_planned", TORCH_BOX(&interpolate_planned_cpu));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(aeup_native, CompositeExplicitAutograd, m) {
   m.impl("interpolate_kernel", TORCH_BOX(&kernel_name));
+  m.impl("interpolate_plan", TORCH_BOX(&interpolate_plan));
   m.impl("cpu_instruction_set", TORCH_BOX(&instruction_set));
 }
 
 #ifdef AEUP_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(aeup_native, CUDA, m) { m.impl("interpolate", TORCH_BOX(&interpolate_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(aeup_native, CUDA, m) {
+  m.impl("interpolate", TORCH_BOX(&interpolate_cuda));
+  m.impl("interpolate_planned", TORCH_BOX(&interpolate_planned_cuda));
+}
 #endif
 
 }  // namespace

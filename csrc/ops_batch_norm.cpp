@@ -12,11 +12,13 @@ using torch::stable::Tensor;
 
 constexpr const char* kName = "aeup.batch_norm";
 
-using aeup::ScalarType;
-using aeup::sizes;
+using aeup::dtype_code;
 using Optional = std::optional<Tensor>;
 
-ScalarType arithmetic(aeup::DType t) { return t == aeup::DType::f64 ? ScalarType::Double : ScalarType::Float; }
+// Dtypes are the shim's numbers.
+int32_t arithmetic(aeup::DType t) {
+  return t == aeup::DType::f64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+}
 
 aeup::BatchNorm describe(const Tensor& input, bool training, double momentum, double eps, int64_t activation,
                          double slope) {
@@ -31,22 +33,23 @@ aeup::BatchNorm describe(const Tensor& input, bool training, double momentum, do
   return b;
 }
 // A [c] tensor of `dtype` that the kernels may read and write as it lies.
-void* channels(const aeup::BatchNorm& b, const Tensor& input, const Tensor& x, ScalarType dtype, const char* name) {
+void* channels(const aeup::BatchNorm& b, const Tensor& input, const Tensor& x, int32_t dtype, const char* name) {
   if (x.dim() != 1 || x.size(0) != b.c)
     aeup::fail(kName, std::string(name) + " must have " + std::to_string(b.c) + " elements");
-  if (x.scalar_type() != dtype) aeup::fail(kName, std::string(name) + " has another dtype");
-  if (x.device() != input.device()) aeup::fail(kName, std::string(name) + " is on another device");
+  if (dtype_code(x) != dtype) aeup::fail(kName, std::string(name) + " has another dtype");
+  if (!aeup::same_device(x, input)) aeup::fail(kName, std::string(name) + " is on another device");
   if (b.c > 1 && x.stride(0) != 1) aeup::fail(kName, std::string(name) + " must be contiguous");
   return const_cast<void*>(x.const_data_ptr());
 }
 // The dtype of the parameters, one for all: the input's or that of the arithmetic.
-ScalarType set_narrow(aeup::BatchNorm* b, const Tensor& input, const Optional& one, const Optional& other) {
+int32_t set_narrow(aeup::BatchNorm* b, const Tensor& input, const Optional& one, const Optional& other) {
   const Optional& first = one ? one : other;
-  b->narrow = first && first->scalar_type() == input.scalar_type() && input.scalar_type() != arithmetic(b->dtype);
-  return b->narrow ? input.scalar_type() : arithmetic(b->dtype);
+  const int32_t code = dtype_code(input), own = arithmetic(b->dtype);
+  b->narrow = first && dtype_code(*first) == code && code != own;
+  return b->narrow ? code : own;
 }
-Tensor empty_channels(const Tensor& input, int64_t channels, ScalarType dtype) {
-  return torch::stable::empty(std::vector<int64_t>{channels}, dtype, std::nullopt, input.device());
+Tensor empty_channels(const Tensor& input, int64_t channels, int32_t dtype) {
+  return aeup::empty_like(input, {channels}, false, dtype);
 }
 struct OnDevice {  // of the input, for the length of a call
   std::optional<torch::stable::accelerator::DeviceGuard> guard;
@@ -70,13 +73,13 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& given, const Optional& 
   aeup::BatchNorm b = describe(given, training, momentum, eps, activation, slope);
   if (bool(running_mean) != bool(running_var)) aeup::fail(kName, "running_mean and running_var belong together");
   if (!training && !running_mean) aeup::fail(kName, "running statistics are needed outside training");
-  if (counter &&
-      (counter->scalar_type() != ScalarType::Long || counter->numel() != 1 || counter->device() != given.device()))
+  if (counter && (dtype_code(*counter) != aoti_torch_dtype_int64() || counter->numel() != 1 ||
+                  !aeup::same_device(*counter, given)))
     aeup::fail(kName, "the counter must be one int64 on the input's device");
   const OnDevice guard(given);
   const Tensor input = aeup::dense(given, b.channels_last);
   b.input = input.const_data_ptr();
-  const ScalarType dtype = set_narrow(&b, given, running_mean, weight ? weight : bias);
+  const int32_t dtype = set_narrow(&b, given, running_mean, weight ? weight : bias);
   if (weight) b.weight = channels(b, given, *weight, dtype, "weight");
   if (bias) b.bias = channels(b, given, *bias, dtype, "bias");
   if (running_mean) {
@@ -84,7 +87,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& given, const Optional& 
     b.running_var = b.next_var = channels(b, given, *running_var, dtype, "running_var");
   }
   if (counter) b.counter = b.next_counter = static_cast<int64_t*>(counter->mutable_data_ptr());
-  Tensor output = aeup::empty_like(input, sizes(input), b.channels_last);
+  Tensor output = aeup::empty_like(input, input.sizes(), b.channels_last);
   Tensor mean = empty_channels(given, b.c, arithmetic(b.dtype)),
          invstd = empty_channels(given, b.c, arithmetic(b.dtype));
   b.output = output.mutable_data_ptr(), b.mean = mean.mutable_data_ptr(), b.invstd = invstd.mutable_data_ptr();
@@ -103,18 +106,18 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& given_grad, const Tens
                                             bool want_weight, bool want_bias) {
   aeup::BatchNorm b = describe(given, training, 0.0, 0.0, activation, slope);
   aeup::check_beside(kName, given, given_grad, "grad");
-  if (sizes(given_grad) != sizes(given)) aeup::fail(kName, "grad and input differ in size");
+  if (given_grad.sizes() != given.sizes()) aeup::fail(kName, "grad and input differ in size");
   const OnDevice guard(given);
   const Tensor input = aeup::dense(given, b.channels_last), grad = aeup::dense(given_grad, b.channels_last);
   b.input = input.const_data_ptr(), b.grad = grad.const_data_ptr();
   b.mean = channels(b, given, mean, arithmetic(b.dtype), "mean");
   b.invstd = channels(b, given, invstd, arithmetic(b.dtype), "invstd");
-  const ScalarType dtype = set_narrow(&b, given, weight, bias);
+  const int32_t dtype = set_narrow(&b, given, weight, bias);
   if (weight) b.weight = channels(b, given, *weight, dtype, "weight");
   if (bias) b.bias = channels(b, given, *bias, dtype, "bias");
   // One tensor each where they are not wanted: results of an operator may not share memory.
   Tensor input_grad =
-      aeup::empty_like(input, want_input ? sizes(input) : std::vector<int64_t>{0}, want_input && b.channels_last);
+      aeup::empty_like(input, want_input ? input.sizes() : aeup::Sizes({0}), want_input && b.channels_last);
   Tensor weight_grad = empty_channels(input, want_weight ? b.c : 0, dtype),
          bias_grad = empty_channels(input, want_bias ? b.c : 0, dtype);
   b.input_grad = want_input ? input_grad.mutable_data_ptr() : nullptr;

@@ -4,7 +4,6 @@
 
 namespace {
 
-using aeup::sizes;
 using torch::stable::Tensor;
 
 constexpr const char* kName = "aeup.conv_transpose2d";
@@ -13,8 +12,7 @@ struct Geometry {
   int64_t sh, sw, ph, pw, groups, dh, dw;
 };
 // Sizes of the map; nothing of the layouts. Throws where a kernel would read out of bounds.
-aeup::Convolution describe(const Geometry& g, const std::vector<int64_t>& input, const std::vector<int64_t>& output,
-                           const std::vector<int64_t>& weight, bool tf32) {
+aeup::Convolution describe(const Geometry& g, aeup::Sizes input, aeup::Sizes output, aeup::Sizes weight, bool tf32) {
   const int64_t kh = weight[2], kw = weight[3];
   for (const int64_t v : {g.sh, g.sw, g.groups, g.dh, g.dw, kh, kw})
     aeup::check_argument(kName, "stride, groups, dilation and kernel size", v);
@@ -46,15 +44,16 @@ int64_t output_size(int64_t in, int64_t s, int64_t p, int64_t extra, int64_t k, 
 }
 
 aeup::Convolution forward_of(const Tensor& input, const Tensor& weight, const Geometry& g, int64_t oph, int64_t opw,
-                             bool tf32) {
+                             bool tf32, int64_t activation = 0, double slope = 0) {
   aeup::check(kName, input, "input", 4);
   aeup::check(kName, weight, "weight", 4);
   aeup::same_kind(kName, weight, input, "weight");
-  const std::vector<int64_t> out{input.size(0), weight.size(1) * g.groups,
-                                 output_size(input.size(2), g.sh, g.ph, oph, weight.size(2), g.dh),
-                                 output_size(input.size(3), g.sw, g.pw, opw, weight.size(3), g.dw)};
-  auto c = describe(g, sizes(input), out, sizes(weight), tf32);
+  const int64_t out[4] = {input.size(0), weight.size(1) * g.groups,
+                          output_size(input.size(2), g.sh, g.ph, oph, weight.size(2), g.dh),
+                          output_size(input.size(3), g.sw, g.pw, opw, weight.size(3), g.dw)};
+  auto c = describe(g, input.sizes(), out, weight.sizes(), tf32);
   aeup::set_layout(kName, &c, input, weight, weight);
+  c.activation = aeup::activation_of(kName, activation), c.slope = slope;
   return c;
 }
 
@@ -70,15 +69,21 @@ std::string kernel_name(const Tensor& input, const Tensor& weight, int64_t sh, i
 Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, int64_t sh, int64_t sw,
                int64_t ph, int64_t pw, int64_t oph, int64_t opw, int64_t groups, int64_t dh, int64_t dw,
                int64_t activation, double slope, bool tf32, std::string family) {
-  const auto c = forward_of(input, weight, {sh, sw, ph, pw, groups, dh, dw}, oph, opw, tf32);
-  return aeup::run_forward(kName, c, input, weight, bias, activation, slope, family);
+  const auto c = forward_of(input, weight, {sh, sw, ph, pw, groups, dh, dw}, oph, opw, tf32, activation, slope);
+  return aeup::run_forward(kName, c, input, weight, bias, family);
+}
+int64_t forward_plan(const Tensor& input, const Tensor& weight, int64_t sh, int64_t sw, int64_t ph, int64_t pw,
+                     int64_t oph, int64_t opw, int64_t groups, int64_t dh, int64_t dw, int64_t activation, double slope,
+                     bool tf32) {
+  const auto c = forward_of(input, weight, {sh, sw, ph, pw, groups, dh, dw}, oph, opw, tf32, activation, slope);
+  return aeup::keep_forward(kName, c, input, weight);
 }
 
 aeup::Convolution input_gradient_of(const Tensor& grad, const Tensor& weight, int64_t ih, int64_t iw, const Geometry& g,
                                     bool tf32) {
   aeup::check(kName, grad, "grad", 4);
   aeup::check_beside(kName, grad, weight, "weight");
-  auto c = describe(g, {grad.size(0), weight.size(0), ih, iw}, sizes(grad), sizes(weight), tf32);
+  auto c = describe(g, {grad.size(0), weight.size(0), ih, iw}, grad.sizes(), weight.sizes(), tf32);
   aeup::set_layout(kName, &c, grad, weight, weight);
   return c;
 }
@@ -93,7 +98,7 @@ aeup::Convolution weight_gradient_of(const Tensor& grad, const Tensor& input, co
   aeup::check(kName, grad, "grad", 4);
   aeup::check_beside(kName, grad, input, "input");
   aeup::check_beside(kName, grad, like, "weight_like");
-  auto c = describe(g, sizes(input), sizes(grad), sizes(like), tf32);
+  auto c = describe(g, input.sizes(), grad.sizes(), like.sizes(), tf32);
   aeup::set_layout(kName, &c, grad, input, like);
   return c;
 }
@@ -121,6 +126,24 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& in
 #ifdef AEUP_WITH_CUDA
 namespace aeup {
 namespace {
+
+struct Kept {
+  const char* op;
+  Convolution c;
+  Shape input, weight;
+};
+Keep<Kept> kept;
+
+Tensor conv_planned(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, int64_t number) {
+  constexpr const char* kPlanned = "aeup_native.conv_planned";
+  const Kept* plan = kept.find(number);
+  if (!plan) fail(kPlanned, "there is no plan " + std::to_string(number));
+  check(kPlanned, input, "input", 4);
+  check(kPlanned, weight, "weight", 4);
+  if (!(Shape(input) == plan->input) || !(Shape(weight) == plan->weight))
+    fail(plan->op, "the tensors are not those of plan " + std::to_string(number));
+  return run_forward(plan->op, plan->c, input, weight, bias, "");
+}
 
 constexpr const char* kEpilogue = "aeup.conv_epilogue_gradient";
 
@@ -150,6 +173,10 @@ std::tuple<Tensor, Tensor> epilogue_gradient(const Tensor& grad, const std::opti
 
 }  // namespace
 
+int64_t keep_forward(const char* op, const Convolution& c, const Tensor& input, const Tensor& weight) {
+  return kept.add({op, c, Shape(input), Shape(weight)});
+}
+
 Epilogue epilogue_of(const Tensor& given, const std::optional<Tensor>& output, int64_t activation, double slope,
                      bool want_bias) {
   Epilogue p;
@@ -161,7 +188,7 @@ Epilogue epilogue_of(const Tensor& given, const std::optional<Tensor>& output, i
   if (active) {
     if (!output) fail(kEpilogue, "an activation needs its output");
     same_kind(kEpilogue, *output, given, "output");
-    if (sizes(*output) != sizes(given)) fail(kEpilogue, "grad and output differ in size");
+    if (output->sizes() != given.sizes()) fail(kEpilogue, "grad and output differ in size");
   }
   e.slope = slope;
   e.n = given.size(0), e.c = given.size(1), e.pixels = given.size(2) * given.size(3);
@@ -178,7 +205,7 @@ Tensor run_epilogue(const Epilogue& p) {
     launch(p, nullptr, 0);
     return p.grad;
   }
-  Tensor before = empty_like(p.grad, sizes(p.grad), p.e.channels_last);
+  Tensor before = empty_like(p.grad, p.grad.sizes(), p.e.channels_last);
   launch(p, before.mutable_data_ptr(), 0);
   return before;
 }
@@ -193,6 +220,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(aeup_native, m) {
   m.def(
       "conv_transpose2d(Tensor input, Tensor weight, Tensor? bias, int sh, int sw, int ph, int pw, int oph, int opw, "
       "int groups, int dh, int dw, int activation, float slope, bool tf32, str family) -> Tensor");
+  m.def(
+      "conv_transpose2d_plan(Tensor input, Tensor weight, int sh, int sw, int ph, int pw, int oph, int opw, "
+      "int groups, int dh, int dw, int activation, float slope, bool tf32) -> int");
+  m.def("conv_planned(Tensor input, Tensor weight, Tensor? bias, int number) -> Tensor");
   m.def(
       "conv_transpose2d_input_gradient(Tensor grad, Tensor weight, int ih, int iw, int sh, int sw, int ph, int pw, "
       "int groups, int dh, int dw, bool tf32, str family) -> Tensor");
@@ -218,6 +249,8 @@ STABLE_TORCH_LIBRARY_IMPL(aeup_native, CompositeExplicitAutograd, m) {
 #ifdef AEUP_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(aeup_native, CUDA, m) {
   m.impl("conv_transpose2d", TORCH_BOX(&forward));
+  m.impl("conv_transpose2d_plan", TORCH_BOX(&forward_plan));
+  m.impl("conv_planned", TORCH_BOX(&aeup::conv_planned));
   m.impl("conv_transpose2d_input_gradient", TORCH_BOX(&input_gradient));
   m.impl("conv_transpose2d_weight_gradient", TORCH_BOX(&weight_gradient));
   m.impl("conv_transpose2d_backward", TORCH_BOX(&backward));

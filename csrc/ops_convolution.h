@@ -10,10 +10,6 @@
 
 namespace aeup {
 
-inline std::vector<int64_t> sizes(const Tensor& x) {
-  const auto s = x.sizes();
-  return {s.begin(), s.end()};
-}
 inline DType float_dtype_of(const char* op, const Tensor& x) {
   const auto dtype = dtype_of(x);
   if (!dtype || *dtype == DType::u8) fail(op, "unsupported dtype; float64, float32, float16 and bfloat16 are served");
@@ -24,13 +20,22 @@ inline void check(const char* op, const Tensor& x, const char* name, int64_t dim
     fail(op, std::string(name) + " must have " + std::to_string(dim) + " dimensions, got " + std::to_string(x.dim()));
 }
 inline void same_kind(const char* op, const Tensor& x, const Tensor& like, const char* name) {
-  if (x.scalar_type() != like.scalar_type()) fail(op, std::string(name) + " differs in dtype");
-  if (x.device() != like.device()) fail(op, std::string(name) + " is on another device");
+  if (dtype_code(x) != dtype_code(like)) fail(op, std::string(name) + " differs in dtype");
+  if (!same_device(x, like)) fail(op, std::string(name) + " is on another device");
 }
 // What is given with `grad`: 4 dimensions, and grad's dtype and device.
 inline void check_beside(const char* op, const Tensor& grad, const Tensor& x, const char* name) {
   check(op, x, name, 4);
   same_kind(op, x, grad, name);
+}
+// The bias [co] of tensors like `like`, as it lies in memory.
+inline std::optional<Tensor> bias_of(const char* op, const std::optional<Tensor>& bias, const Tensor& like,
+                                     int64_t co) {
+  if (!bias) return std::nullopt;
+  check(op, *bias, "bias", 1);
+  same_kind(op, *bias, like, "bias");
+  if (bias->size(0) != co) fail(op, "bias must have " + std::to_string(co) + " elements");
+  return dense(*bias);
 }
 inline Activation activation_of(const char* op, int64_t activation) {
   if (activation < 0 || activation > 6) fail(op, "activation must be 0 to 6, got " + std::to_string(activation));
@@ -43,14 +48,14 @@ inline void check_argument(const char* op, const char* names, int64_t value, int
   if (value < least || value > kMostArgument)
     fail(op, std::string(names) + " must be " + std::to_string(least) + " to 2^24, got " + std::to_string(value));
 }
-inline void check_space(const char* op, const std::vector<int64_t>& size) {
+inline void check_space(const char* op, Sizes size) {
   for (const int d : {2, 3})
     if (size[d] < 1 || size[d] >= kMaxAxis)
       fail(op, "spatial sizes must be 1 to 2^30 - 1, got " + std::to_string(size[d]));
 }
 // Batch and channels of c, from its input, its output and the weight.
-inline void set_channels(const char* op, Convolution* c, const std::vector<int64_t>& input,
-                         const std::vector<int64_t>& output, int64_t weight_ci, int64_t weight_co, int64_t groups) {
+inline void set_channels(const char* op, Convolution* c, Sizes input, Sizes output, int64_t weight_ci,
+                         int64_t weight_co, int64_t groups) {
   c->n = input[0], c->ci = input[1], c->co = output[1], c->groups = int(groups);
   if (c->n != output[0]) fail(op, "batch sizes differ");
   if (c->ci < 1 || c->co < 1) fail(op, "there must be at least 1 channel");
@@ -102,20 +107,11 @@ inline void run(const char* op, const Convolution& c, Pass pass, const std::stri
 
 // The three passes of a described problem.
 inline Tensor run_forward(const char* op, Convolution c, const Tensor& given, const Tensor& given_weight,
-                          const std::optional<Tensor>& bias, int64_t activation, double slope,
-                          const std::string& family) {
-  c.activation = activation_of(op, activation);
-  c.slope = slope;
+                          const std::optional<Tensor>& bias, const std::string& family) {
   const torch::stable::accelerator::DeviceGuard guard(given.get_device_index());
   const Tensor input = dense(given, c.channels_last), weight = dense(given_weight, c.weight_channels_last);
-  Tensor added;
-  if (bias) {
-    check(op, *bias, "bias", 1);
-    same_kind(op, *bias, given, "bias");
-    if (bias->size(0) != c.co) fail(op, "bias must have " + std::to_string(c.co) + " elements");
-    added = torch::stable::contiguous(*bias);
-    c.bias = added.const_data_ptr();
-  }
+  const std::optional<Tensor> added = bias_of(op, bias, given, c.co);
+  if (added) c.bias = added->const_data_ptr();
   Tensor result = empty_like(input, {c.n, c.co, c.oh, c.ow}, c.channels_last);
   if (result.numel() == 0) return result;
   c.input = input.const_data_ptr(), c.weight = weight.const_data_ptr(), c.result = result.mutable_data_ptr();
@@ -136,7 +132,7 @@ inline Tensor run_weight_gradient(const char* op, Convolution c, const Tensor& g
                                   const Tensor& like, const std::string& family) {
   const torch::stable::accelerator::DeviceGuard guard(given_grad.get_device_index());
   const Tensor grad = dense(given_grad, c.channels_last), input = dense(given_input, c.channels_last);
-  Tensor result = empty_like(grad, sizes(like), c.weight_channels_last);
+  Tensor result = empty_like(grad, like.sizes(), c.weight_channels_last);
   if (result.numel() == 0) return result;
   if (grad.numel() == 0 || input.numel() == 0) {  // a sum of nothing
     torch::stable::fill_(result, 0.0);
@@ -146,6 +142,10 @@ inline Tensor run_weight_gradient(const char* op, Convolution c, const Tensor& g
   run(op, c, Pass::weight_gradient, family, grad);
   return result;
 }
+
+// Keeps the description of a forward call with these tensors, under a number or -1 (Keep): what
+// aeup_native.conv_planned(input, weight, bias, number) runs for all that are alike.
+int64_t keep_forward(const char* op, const Convolution& c, const Tensor& input, const Tensor& weight);
 
 // The gradient of bias and activation (ops_convolution.cpp). Where there is something to compute, grad and output are
 // dense in one layout.

@@ -13,7 +13,6 @@ using torch::stable::Tensor;
 using aeup::dense;
 using aeup::Pass;
 using aeup::ResampleConv;
-using aeup::sizes;
 using aeup::suggests_channels_last;
 
 constexpr const char* kName = "aeup.upsample_conv2d";
@@ -60,7 +59,8 @@ ResampleConv forward_of(const Tensor& input, const Tensor& weight, const Geometr
   return c;
 }
 void same_output(const ResampleConv& c, const Tensor& grad) {
-  if (sizes(grad) != std::vector<int64_t>{c.n, c.co, c.oh, c.ow})
+  const int64_t size[4] = {c.n, c.co, c.oh, c.ow};
+  if (grad.sizes() != aeup::Sizes(size))
     fail("grad must have size [" + std::to_string(c.n) + ", " + std::to_string(c.co) + ", " + std::to_string(c.oh) +
          ", " + std::to_string(c.ow) + "]");
 }
@@ -83,14 +83,8 @@ Tensor forward(const Tensor& given, const Tensor& given_weight, const std::optio
   c.slope = slope;
   const torch::stable::accelerator::DeviceGuard guard(given.get_device_index());
   const Tensor input = dense(given, c.channels_last), weight = dense(given_weight, c.weight_channels_last);
-  Tensor added;
-  if (bias) {
-    aeup::check(kName, *bias, "bias", 1);
-    aeup::same_kind(kName, *bias, given, "bias");
-    if (bias->size(0) != c.co) fail("bias must have " + std::to_string(c.co) + " elements");
-    added = torch::stable::contiguous(*bias);
-    c.bias = added.const_data_ptr();
-  }
+  const std::optional<Tensor> added = aeup::bias_of(kName, bias, given, c.co);
+  if (added) c.bias = added->const_data_ptr();
   Tensor result = aeup::empty_like(input, {c.n, c.co, c.oh, c.ow}, c.channels_last);
   if (result.numel() == 0) return result;
   c.input = input.const_data_ptr(), c.weight = weight.const_data_ptr(), c.result = result.mutable_data_ptr();
@@ -126,7 +120,7 @@ Tensor weight_gradient(const Tensor& given_grad, const Tensor& given_input, cons
   c.channels_last = suggests_channels_last(given_grad) || suggests_channels_last(given_input);
   const torch::stable::accelerator::DeviceGuard guard(given_grad.get_device_index());
   const Tensor grad = dense(given_grad, c.channels_last), input = dense(given_input, c.channels_last);
-  Tensor result = aeup::empty_like(grad, sizes(like), c.weight_channels_last);
+  Tensor result = aeup::empty_like(grad, like.sizes(), c.weight_channels_last);
   if (grad.numel() == 0) {  // a sum of nothing
     torch::stable::fill_(result, 0.0);
     return result;

@@ -5,7 +5,6 @@
 
 namespace {
 
-using aeup::sizes;
 using torch::stable::Tensor;
 
 constexpr const char* kName = "aeup.upsample_conv2d";
@@ -18,8 +17,7 @@ int64_t output_size(int64_t in, int64_t scale, int64_t padding, int64_t kernel) 
 }
 // Sizes of the map; nothing of the layouts. Throws where a kernel would read out of bounds. weight [co, ci / groups,
 // kh, kw].
-aeup::Convolution describe(const Geometry& g, const std::vector<int64_t>& input, const std::vector<int64_t>& output,
-                           const std::vector<int64_t>& weight, bool tf32) {
+aeup::Convolution describe(const Geometry& g, aeup::Sizes input, aeup::Sizes output, aeup::Sizes weight, bool tf32) {
   const int64_t kh = weight[2], kw = weight[3];
   for (const int64_t v : {g.sh, g.sw, g.groups, kh, kw})
     aeup::check_argument(kName, "scale, groups and kernel size", v);
@@ -39,15 +37,16 @@ aeup::Convolution describe(const Geometry& g, const std::vector<int64_t>& input,
   return c;
 }
 
-aeup::Convolution forward_of(const Tensor& input, const Tensor& weight, const Geometry& g, bool tf32) {
+aeup::Convolution forward_of(const Tensor& input, const Tensor& weight, const Geometry& g, bool tf32,
+                             int64_t activation = 0, double slope = 0) {
   aeup::check(kName, input, "input", 4);
   aeup::check(kName, weight, "weight", 4);
   aeup::same_kind(kName, weight, input, "weight");
-  const std::vector<int64_t> output{input.size(0), weight.size(0),
-                                    output_size(input.size(2), g.sh, g.ph, weight.size(2)),
-                                    output_size(input.size(3), g.sw, g.pw, weight.size(3))};
-  auto c = describe(g, sizes(input), output, sizes(weight), tf32);
+  const int64_t output[4] = {input.size(0), weight.size(0), output_size(input.size(2), g.sh, g.ph, weight.size(2)),
+                             output_size(input.size(3), g.sw, g.pw, weight.size(3))};
+  auto c = describe(g, input.sizes(), output, weight.sizes(), tf32);
   aeup::set_layout(kName, &c, input, weight, weight);
+  c.activation = aeup::activation_of(kName, activation), c.slope = slope;
   return c;
 }
 
@@ -61,15 +60,20 @@ std::string kernel_name(const Tensor& input, const Tensor& weight, int64_t sh, i
 Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, int64_t sh, int64_t sw,
                int64_t ph, int64_t pw, int64_t groups, int64_t activation, double slope, bool tf32,
                std::string family) {
-  const auto c = forward_of(input, weight, {sh, sw, ph, pw, groups}, tf32);
-  return aeup::run_forward(kName, c, input, weight, bias, activation, slope, family);
+  const auto c = forward_of(input, weight, {sh, sw, ph, pw, groups}, tf32, activation, slope);
+  return aeup::run_forward(kName, c, input, weight, bias, family);
+}
+int64_t forward_plan(const Tensor& input, const Tensor& weight, int64_t sh, int64_t sw, int64_t ph, int64_t pw,
+                     int64_t groups, int64_t activation, double slope, bool tf32) {
+  const auto c = forward_of(input, weight, {sh, sw, ph, pw, groups}, tf32, activation, slope);
+  return aeup::keep_forward(kName, c, input, weight);
 }
 
 aeup::Convolution input_gradient_of(const Tensor& grad, const Tensor& weight, int64_t ih, int64_t iw, const Geometry& g,
                                     bool tf32) {
   aeup::check(kName, grad, "grad", 4);
   aeup::check_beside(kName, grad, weight, "weight");
-  auto c = describe(g, {grad.size(0), weight.size(1) * g.groups, ih, iw}, sizes(grad), sizes(weight), tf32);
+  auto c = describe(g, {grad.size(0), weight.size(1) * g.groups, ih, iw}, grad.sizes(), weight.sizes(), tf32);
   aeup::set_layout(kName, &c, grad, weight, weight);
   return c;
 }
@@ -84,7 +88,7 @@ aeup::Convolution weight_gradient_of(const Tensor& grad, const Tensor& input, co
   aeup::check(kName, grad, "grad", 4);
   aeup::check_beside(kName, grad, input, "input");
   aeup::check_beside(kName, grad, like, "weight_like");
-  auto c = describe(g, sizes(input), sizes(grad), sizes(like), tf32);
+  auto c = describe(g, input.sizes(), grad.sizes(), like.sizes(), tf32);
   aeup::set_layout(kName, &c, grad, input, like);
   return c;
 }
@@ -111,6 +115,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(aeup_native, m) {
       "upsample_conv2d(Tensor input, Tensor weight, Tensor? bias, int sh, int sw, int ph, int pw, int groups, "
       "int activation, float slope, bool tf32, str family) -> Tensor");
   m.def(
+      "upsample_conv2d_plan(Tensor input, Tensor weight, int sh, int sw, int ph, int pw, int groups, int activation, "
+      "float slope, bool tf32) -> int");
+  m.def(
       "upsample_conv2d_input_gradient(Tensor grad, Tensor weight, int ih, int iw, int sh, int sw, int ph, int pw, "
       "int groups, bool tf32, str family) -> Tensor");
   m.def(
@@ -132,6 +139,7 @@ STABLE_TORCH_LIBRARY_IMPL(aeup_native, CompositeExplicitAutograd, m) {
 #ifdef AEUP_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(aeup_native, CUDA, m) {
   m.impl("upsample_conv2d", TORCH_BOX(&forward));
+  m.impl("upsample_conv2d_plan", TORCH_BOX(&forward_plan));
   m.impl("upsample_conv2d_input_gradient", TORCH_BOX(&input_gradient));
   m.impl("upsample_conv2d_weight_gradient", TORCH_BOX(&weight_gradient));
   m.impl("upsample_conv2d_backward", TORCH_BOX(&backward));

@@ -10,6 +10,9 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <deque>
+#include <mutex>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -24,6 +27,7 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 
 namespace aeup {
 
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;  // borrowed
 using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -66,6 +70,58 @@ inline MemoryFormat format_of(bool channels_last) {
 inline Tensor dense(const Tensor& x, bool channels_last) {
   return is_dense(x, channels_last) ? x : torch::stable::contiguous(x, format_of(channels_last));
 }
+inline Tensor dense(const Tensor& x) {  // of one dimension
+  return x.size(0) <= 1 || x.stride(0) == 1 ? x : torch::stable::contiguous(x);
+}
+
+// The dtype as the shim's number, which the shim tells at once: a ScalarType takes up to 20 calls.
+inline int32_t dtype_code(const Tensor& x) {
+  int32_t dtype = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  return dtype;
+}
+inline int32_t device_type(const Tensor& x) {
+  int32_t type = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &type));
+  return type;
+}
+inline bool same_device(const Tensor& x, const Tensor& y) {
+  return device_type(x) == device_type(y) && x.get_device_index() == y.get_device_index();
+}
+
+struct Shape {  // of a tensor of 4 dimensions
+  int64_t size[4], stride[4];
+  int32_t dtype, device;
+  explicit Shape(const Tensor& x) : dtype(dtype_code(x)), device(x.get_device_index()) {
+    const Sizes sizes = x.sizes(), strides = x.strides();
+    std::copy(sizes.begin(), sizes.end(), size), std::copy(strides.begin(), strides.end(), stride);
+  }
+  bool operator==(const Shape& other) const {
+    return std::equal(size, size + 4, other.size) && std::equal(stride, stride + 4, other.stride) &&
+           dtype == other.dtype && device == other.device;
+  }
+};
+
+// Descriptions of calls, by number. Later calls name theirs: each argument of an operator takes long on its way here.
+template <class T>
+class Keep {
+ public:
+  int64_t add(T value) {  // -1 where no more are kept
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (kept_.size() == size_t(1) << 16) return -1;
+    kept_.push_back(std::move(value));
+    return int64_t(kept_.size()) - 1;
+  }
+  const T* find(int64_t number) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return number >= 0 && number < int64_t(kept_.size()) ? &kept_[size_t(number)] : nullptr;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::deque<T> kept_;  // an element stays where it is
+};
+
 // Outputs above malloc's largest mmap threshold (glibc) come from fresh pages every time, and touching those 4 KB at a
 // time costs more than the resampling itself.
 inline void prefer_huge_pages(void* data, int64_t bytes) {
@@ -77,12 +133,14 @@ inline void prefer_huge_pages(void* data, int64_t bytes) {
   (void)madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a hint: refusal changes nothing
 #endif
 }
-// An uninitialised tensor. The shim's own function, not torch::stable::empty, which looks the operator up by its name
-// in every call. On a CPU that function leaves out what deterministic mode wants: to fill the memory.
-inline Tensor empty_like(const Tensor& x, const std::vector<int64_t>& size, bool channels_last, bool as_bytes = false) {
-  if (x.is_cpu()) {
-    Tensor made =
-        torch::stable::empty(size, x.scalar_type(), std::nullopt, x.device(), std::nullopt, format_of(channels_last));
+// An uninitialised tensor, of x's dtype unless another one is given. The shim's own function, not torch::stable::empty,
+// which looks the operator up by its name in every call. On a CPU that function leaves out what deterministic mode
+// wants: to fill the memory.
+inline Tensor empty_like(const Tensor& x, Sizes size, bool channels_last, std::optional<int32_t> dtype = {}) {
+  const int32_t type = device_type(x), code = dtype ? *dtype : dtype_code(x);
+  if (type == aoti_torch_device_type_cpu()) {
+    const auto scalar = torch::stable::detail::to<ScalarType>(torch::stable::detail::from(code));
+    Tensor made = torch::stable::empty(size, scalar, std::nullopt, x.device(), std::nullopt, format_of(channels_last));
     prefer_huge_pages(made.mutable_data_ptr(), made.numel() * int64_t(made.element_size()));
     return made;
   }
@@ -95,23 +153,19 @@ inline Tensor empty_like(const Tensor& x, const std::vector<int64_t>& size, bool
     strides[d] = stride, stride *= channels_last || size[d] > 0 ? size[d] : 1;
   }
   AtenTensorHandle handle = nullptr;
-  int32_t dtype = aoti_torch_dtype_uint8(), type = 0;
-  if (!as_bytes) STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &type));
   STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(rank, size.data(), strides, dtype, type, x.get_device_index(), &handle));
+      aoti_torch_empty_strided(rank, size.data(), strides, code, type, x.get_device_index(), &handle));
   return Tensor(handle);
 }
 
 inline std::optional<DType> dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return DType::f32;
-    case ScalarType::Double: return DType::f64;
-    case ScalarType::Half: return DType::f16;
-    case ScalarType::BFloat16: return DType::bf16;
-    case ScalarType::Byte: return DType::u8;
-    default: return std::nullopt;
-  }
+  const int32_t code = dtype_code(x);
+  if (code == aoti_torch_dtype_float32()) return DType::f32;
+  if (code == aoti_torch_dtype_bfloat16()) return DType::bf16;
+  if (code == aoti_torch_dtype_float16()) return DType::f16;
+  if (code == aoti_torch_dtype_float64()) return DType::f64;
+  if (code == aoti_torch_dtype_uint8()) return DType::u8;
+  return std::nullopt;
 }
 
 inline void torch_parallel(int64_t n, void (*body)(int64_t, int64_t, void*), void* context) {
@@ -127,12 +181,12 @@ inline void* current_stream(const char* op, const Tensor& x) {
 }
 // Device memory for the length of a call: torch's allocator keeps it in the order of the stream.
 struct Workspace {
-  Tensor memory;
+  std::optional<Tensor> memory;
   void* data = nullptr;
   Workspace(const Tensor& like, int64_t bytes) {
     if (bytes <= 0) return;
-    memory = empty_like(like, {bytes}, false, true);
-    data = memory.mutable_data_ptr();
+    memory = empty_like(like, {bytes}, false, aoti_torch_dtype_uint8());
+    data = memory->mutable_data_ptr();
   }
 };
 #endif

@@ -15,6 +15,19 @@ from aeup import _native
 X = torch.randn(1, 2, 3, 4)
 
 
+@pytest.mark.parametrize(
+    "call", ['torch_call_dispatcher("aten::empty", "memory_format"', "aoti_torch_empty_strided(rank"]
+)
+def test_what_could_not_be_allocated_has_torchs_type(call):
+    """All that torch 2.11 and later leave of the error is the shim's call that failed."""
+    error = RuntimeError(f"{call}, ...) API call failed at csrc/tensors.h, line 1")
+    with pytest.raises(torch.OutOfMemoryError, match="could not allocate .* on cpu"):
+        _native.raise_if_out_of_memory(error, X.device)
+    assert (
+        _native.raise_if_out_of_memory(RuntimeError("torch_get_const_data_ptr(...) API call failed"), X.device) is None
+    )
+
+
 def test_auto_takes_the_extension():
     assert _native.missing is None
     choices = aeup.explain(aeup.interpolate, X, scale_factor=2, mode="bilinear")

@@ -420,9 +420,14 @@ def test_moduleinfo(dtype):
 @pytest.mark.parametrize("needs", ((True, True, True), (False, True, True), (True, False, False)))
 def test_gradients_of_the_extension_come_in_one_call(activation, needs, monkeypatch):
     """The compiled operators, played by torch: the arguments that they get and what becomes of their results."""
-    calls = []
+    calls, kept = [], []
 
-    def forward(x, w, b, sh, sw, ph, pw, oph, opw, groups, dh, dw, number, slope, tf32, family):
+    def plan(x, w, *args):
+        kept.append(args)
+        return len(kept) - 1
+
+    def planned(x, w, b, number):
+        sh, sw, ph, pw, oph, opw, groups, dh, dw, number, slope, tf32 = kept[number]
         y = F.conv_transpose2d(x, w, b, (sh, sw), (ph, pw), (oph, opw), groups, (dh, dw))
         return activate(y, (None, *NAMES)[number], slope)
 
@@ -434,7 +439,7 @@ def test_gradients_of_the_extension_come_in_one_call(activation, needs, monkeypa
         )
         return tuple(grad.new_empty(0) if t is None else t for t in found)
 
-    played = {"conv_transpose2d": forward, "conv_transpose2d_backward": backward}
+    played = {"conv_transpose2d_plan": plan, "conv_planned": planned, "conv_transpose2d_backward": backward}
     monkeypatch.setattr(compiled, "raw", played.__getitem__)
     monkeypatch.setattr(compiled, "refusal", lambda *args: None)
     tensors = [torch.randn(s, dtype=torch.float64) for s in ((2, 6, 5, 4), (6, 4, 4, 3), (8,))]

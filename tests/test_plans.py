@@ -134,3 +134,15 @@ def test_the_gradient_by_a_plan_follows_its_layout_and_can_be_differentiated():
     grad.requires_grad_()
     (first,) = torch.autograd.grad(y, x, grad, create_graph=True)
     assert torch.autograd.grad(first.sum(), grad)[0].shape == y.shape
+
+
+def test_extension_refuses_other_tensors_than_those_of_a_number():
+    ops, x = torch.ops.aeup_native, torch.randn(2, 3, 4, 5)
+    number = ops.interpolate_plan(x, 4, 5, 8, 10, 0, False, False, 0.0, 0.0, False)
+    assert torch.equal(ops.interpolate_planned(x, number), F.interpolate(x, scale_factor=2))
+    for other in (x.double(), x[:1], x[0], x[..., 1:], x.contiguous(memory_format=torch.channels_last)):
+        with pytest.raises(RuntimeError, match=f"not that of plan {number}"):
+            ops.interpolate_planned(other, number)
+    for unknown in (-1, number + 1):
+        with pytest.raises(RuntimeError, match=f"there is no plan {unknown}"):
+            ops.interpolate_planned(x, unknown)

@@ -35,6 +35,25 @@ def call(name: str, *args, device: str = "cuda"):
         raise
 
 
+def planned(name: str, x: Tensor, w: Tensor, *args) -> Callable | None:
+    """What operator `name` does for all (x, w, bias) with these sizes, strides, dtype and device, and with `args`; as a
+    function of the three. The extension keeps `args` under a number: each argument of a call takes long to pass. None
+    where it keeps no more."""
+    number = call(f"{name}_plan", x, w, *args)
+    if number < 0:
+        return None
+    operator = raw("conv_planned")
+
+    def run(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        try:
+            return operator(x, w, bias, number)
+        except RuntimeError as error:
+            _native.raise_if_out_of_memory(error, x.device)
+            raise
+
+    return run
+
+
 def refusal(t: Tensor, name: str, device: str = "cuda") -> str | None:
     if t.device.type != device:
         return f"the tensor is on {t.device}"

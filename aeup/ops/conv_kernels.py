@@ -189,6 +189,11 @@ def _cuda_y(x, w, bias, g: Geometry, activation, slope) -> Tensor:
     )
 
 
+def _cuda_plan(x, w, bias, g: Geometry, activation, slope):
+    args = (*_forward_args(g), NUMBER[activation], slope, compiled.tf32(x))
+    return compiled.planned("conv_transpose2d", x, w, *args)
+
+
 def _cuda_x(grad, w, g: Geometry) -> Tensor:
     args = (g.ih, g.iw, g.sh, g.sw, g.ph, g.pw, g.groups, g.dh, g.dw, compiled.tf32(grad), "")
     return compiled.call("conv_transpose2d_input_gradient", grad, w, *args)
@@ -302,7 +307,7 @@ def _serves(*args) -> None:
 
 def _map_op(kind: int, name: str, cuda, refuses, cpu, cpu_refuses, reference, public) -> Op:
     kernels = {
-        "cuda": Kernel(cuda, refuses, _label(kind)),
+        "cuda": Kernel(cuda, refuses, _label(kind), plan=_cuda_plan if kind == Y else None),
         "triton": compiled.triton_kernel(name, public, "refuses_convolution"),
         "cpu": Kernel(cpu, cpu_refuses, lambda device, *args: _cpu_label(kind, *args)),
         "torch": Kernel(reference, _serves),

@@ -59,6 +59,8 @@ def _native_args(m: Map, cpu: bool) -> tuple:
 
 
 _native_op = None if _native.missing else torch.ops.aeup_native.interpolate.default
+_native_plan = None if _native.missing else torch.ops.aeup_native.interpolate_plan.default
+_native_planned = None if _native.missing else torch.ops.aeup_native.interpolate_planned.default
 
 
 def _native_run(src: Tensor, m: Map, backward: bool) -> Tensor:
@@ -222,24 +224,31 @@ def plan_key(src: Tensor, options: tuple) -> tuple | None:
 class Plan:
     """The map and the kernels of a call, decided once."""
 
-    __slots__ = ("args", "backend", "backwards", "kernel", "m", "needs_grad")
+    __slots__ = ("args", "backend", "backwards", "m", "needs_grad", "own")
 
     def __init__(self, key: tuple, src: Tensor, m: Map) -> None:
         self.needs_grad, self.backend, self.m = key[0], key[1], m
         self.args, self.backwards = _native_args(m, src.is_cpu), {}
-        self.kernel = choose(OP, src, (src, m, False), self.backend)
+        self.own = self.chosen(src, False)
         if len(PLANS) >= MOST_PLANS:  # sizes that change from call to call
             PLANS.clear()
         PLANS[key] = self
 
     def run(self, src: Tensor) -> Tensor:
-        return _Planned.apply(src, self) if self.needs_grad else self.by(self.kernel, src, False)
+        return _Planned.apply(src, self) if self.needs_grad else self.by(self.own, src, False)
 
-    def by(self, kernel: Kernel, src: Tensor, backward: bool) -> Tensor:
-        if kernel.run is not _native_run:
+    def chosen(self, src: Tensor, backward: bool) -> tuple[Kernel, int]:
+        """The kernel, and the number under which the extension keeps the call, or -1: each argument of a call takes
+        long to pass."""
+        kernel = choose(OP, src, (src, self.m, backward), self.backend)
+        return kernel, _native_plan(src, *self.args, backward) if kernel.run is _native_run else -1
+
+    def by(self, chosen: tuple[Kernel, int], src: Tensor, backward: bool) -> Tensor:
+        kernel, number = chosen
+        if number < 0:
             return kernel.run(src, self.m, backward)
         try:
-            return _native_op(src, *self.args, backward)
+            return _native_planned(src, number)
         except RuntimeError as error:
             _native.raise_if_out_of_memory(error, src.device)
             raise
@@ -248,10 +257,10 @@ class Plan:
         if torch.is_grad_enabled() or transforms_active() or traced(grad):
             return resample(grad, self.m, True, self.backend)
         key = grad.stride(), torch.get_num_threads()
-        kernel = self.backwards.get(key)
-        if kernel is None:
-            kernel = self.backwards[key] = choose(OP, grad, (grad, self.m, True), self.backend)
-        return self.by(kernel, grad, True)
+        chosen = self.backwards.get(key)
+        if chosen is None:
+            chosen = self.backwards[key] = self.chosen(grad, True)
+        return self.by(chosen, grad, True)
 
 
 PLANS: dict[tuple, Plan] = {}
@@ -263,7 +272,7 @@ class _Planned(torch.autograd.Function):
     def forward(ctx, src, plan):
         ctx.plan = plan
         ctx.set_materialize_grads(False)
-        return plan.by(plan.kernel, src, False)
+        return plan.by(plan.own, src, False)
 
     @staticmethod
     def backward(ctx, grad):

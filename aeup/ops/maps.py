@@ -297,23 +297,27 @@ class _TransformedLinear(_Linear):
 class Plan:
     """The short way of eager calls, which costs little: no dispatcher, and everything decided once."""
 
-    __slots__ = ("after", "backend", "backwards", "function", "fused", "g", "kernel", "maps", "slope")
+    __slots__ = ("after", "backend", "backwards", "function", "fused", "g", "kernel", "maps", "planned", "slope")
 
     def __init__(self, maps: Maps, needs_grad: bool, backend: str, x, w, bias, g, activation, slope) -> None:
         after = needs_grad and activation in AFTER
         self.maps, self.g, self.slope, self.backend = maps, g, slope, _of_gradients(backend)
         self.fused, self.after = (None, activation) if after else (activation, None)
-        self.kernel = choose(maps.ops[Y], x, (x, w, bias, g, self.fused, slope), backend)
+        args = (x, w, bias, g, self.fused, slope)
+        self.kernel = choose(maps.ops[Y], x, args, backend)
+        self.planned = self.kernel.plan(*args) if self.kernel.plan else None
         alone = needs_grad and self.kernel in maps.by_torch and maps.needs_no_help(self.kernel, x, w, g, self.backend)
         self.function = maps.function if needs_grad and not alone else None
         self.backwards: dict[tuple, Callable] = {}
 
     def run(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-        if self.function:
-            y = self.function.apply(x, w, bias, self)
-        else:
-            y = self.kernel.run(x, w, bias, self.g, self.fused, self.slope)
+        y = self.function.apply(x, w, bias, self) if self.function else self.forward(x, w, bias)
         return activate(y, self.after, self.slope) if self.after else y
+
+    def forward(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        if self.planned:
+            return self.planned(x, w, bias)
+        return self.kernel.run(x, w, bias, self.g, self.fused, self.slope)
 
     def gradients(self, grad: Tensor, x: Tensor, w: Tensor, y: Tensor | None, needs: tuple) -> tuple:
         rest = self.g, self.fused, self.slope
@@ -331,7 +335,7 @@ class Forward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, w, bias, plan):
-        y = plan.kernel.run(x, w, bias, plan.g, plan.fused, plan.slope)
+        y = plan.forward(x, w, bias)
         ctx.plan = plan
         ctx.save_for_backward(x, w, y if plan.fused else None)
         ctx.set_materialize_grads(False)

@@ -37,6 +37,11 @@ def _cuda_y(x, w, bias, g: UpsampleGeometry, activation, slope) -> Tensor:
     return compiled.call("resample_conv2d", x, w, bias, *_resample_args(g.m), *rest)
 
 
+def _cuda_plan(x, w, bias, g: UpsampleGeometry, activation, slope):
+    f, rest = fold(g), (*g.padding, g.groups, NUMBER[activation], slope, compiled.tf32(x))
+    return compiled.planned(NAMES[Y], x, w, *f.g.stride, *rest) if f else None
+
+
 def _cuda_x(grad, w, g: UpsampleGeometry) -> Tensor:
     f, rest = fold(g), (*g.padding, g.groups, compiled.tf32(grad))
     if f:
@@ -172,6 +177,7 @@ def _map_op(kind: int, cuda, public, on_cpu, cpu_refuses, method: str) -> Op:
             cuda,
             _cuda_refuses(kind),
             lambda device, a, b, *rest: _family_of(kind, a, b, rest, device),
+            plan=_cuda_plan if kind == Y else None,
         ),
         "triton": compiled.triton_kernel(NAMES[kind], public, "refuses_upsample_conv2d"),
         "cpu": Kernel(on_cpu, cpu_refuses, cpu.label_y if kind == Y else cpu.label_gradient),

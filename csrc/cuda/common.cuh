@@ -4,7 +4,10 @@
 #include <atomic>
 #include <climits>
 #include <cstdint>
+#include <map>
+#include <mutex>
 #include <type_traits>
+#include <utility>
 
 #include "resample.h"
 
@@ -343,31 +346,54 @@ int blocks_per_multiprocessor(void (*)(P...), int, size_t) {
   return 4;
 }
 #else
-// Without it, a block on the current device has at most 48 KiB of shared memory, static arrays included.
-template <class... P>
-cudaError_t allow_shared(void (*kernel)(P...), size_t shared) {
+// Without it, a block on the current device has at most 48 KiB of shared memory, static arrays included. Asked for once
+// per kernel and device, and again for more.
+inline cudaError_t allow_shared(const void* kernel, size_t shared) {
   if (shared + kMostStatic <= (48 << 10)) return cudaSuccess;
-  const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, size_t> allowed;  // bytes
+  int device = 0;
+  cudaError_t e = cudaGetDevice(&device);
+  if (e == cudaSuccess) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    size_t& most = allowed[{kernel, device}];
+    if (shared <= most) return cudaSuccess;
+    e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+    if (e == cudaSuccess) most = shared;
+  }
   if (e != cudaSuccess) cudaGetLastError();  // reported here: do not leave it for the next caller
   return e;
 }
-// nullptr, or the text of the CUDA error.
-template <class... P, class... A>
-const char* launch(void (*kernel)(P...), dim3 grid, int block, size_t shared, void* stream, A... args) {
-  if (const cudaError_t e = allow_shared(kernel, shared)) return cudaGetErrorString(e);
+template <class T>
+using Given = std::enable_if_t<true, T>;  // a parameter's type, from the kernel alone
+// nullptr, or the text of the CUDA error. The arguments are not copied: they may be kilobytes. `early`: see
+// after_previous().
+template <class... P>
+const char* start(void (*kernel)(P...), dim3 grid, int block, size_t shared, void* stream, bool early,
+                  const Given<P>&... args) {
+  const auto* const code = reinterpret_cast<const void*>(kernel);
+  if (const cudaError_t e = allow_shared(code, shared)) return cudaGetErrorString(e);
+  cudaLaunchAttribute overlap;
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = dim3(unsigned(block));
+  config.gridDim = grid, config.blockDim = dim3(unsigned(block));
   config.dynamicSmemBytes = shared;
   config.stream = static_cast<cudaStream_t>(stream);
-  const cudaError_t e = cudaLaunchKernelEx(&config, kernel, args...);
+  config.attrs = &overlap, config.numAttrs = early;
+  void* pointers[] = {const_cast<void*>(static_cast<const void*>(&args))...};
+  const cudaError_t e = cudaLaunchKernelExC(&config, code, pointers);
   if (e != cudaSuccess) cudaGetLastError();  // reported here: do not leave it for the next caller
   return e == cudaSuccess ? nullptr : cudaGetErrorString(e);
+}
+template <class... P>
+const char* launch(void (*kernel)(P...), dim3 grid, int block, size_t shared, void* stream, const Given<P>&... args) {
+  return start(kernel, grid, block, shared, stream, false, args...);
 }
 // The second of two kernels: set up while the first still runs, where the code of both is for compute capability 9.0
 // and later; older code does not wait in after_previous().
 template <auto kKernel, class... A>
-const char* launch_after(int64_t grid, int block, void* stream, A... args) {
+const char* launch_after(int64_t grid, int block, void* stream, const A&... args) {
   static std::atomic<int> waits[64];  // by device: 0 unknown, 1 no, 2 yes
   int device = 0, known = 0;
   if (cudaGetDevice(&device) == cudaSuccess && device < 64) known = waits[device].load(std::memory_order_relaxed);
@@ -377,16 +403,7 @@ const char* launch_after(int64_t grid, int block, void* stream, A... args) {
     if (device < 64) waits[device].store(known, std::memory_order_relaxed);
   }
   if (grid > kMaxGrid) return "grid too large";
-  cudaLaunchAttribute overlap;
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(unsigned(grid)), config.blockDim = dim3(unsigned(block));
-  config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &overlap, config.numAttrs = known == 2;
-  const cudaError_t e = cudaLaunchKernelEx(&config, kKernel, args...);
-  if (e != cudaSuccess) cudaGetLastError();  // reported here: do not leave it for the next caller
-  return e == cudaSuccess ? nullptr : cudaGetErrorString(e);
+  return start(kKernel, dim3(unsigned(grid)), block, 0, stream, known == 2, args...);
 }
 // Multiprocessors of the current device, asked for once per device.
 inline int multiprocessors() {
@@ -401,13 +418,13 @@ inline int multiprocessors() {
 template <class... P>
 int blocks_per_multiprocessor(void (*kernel)(P...), int block, size_t shared) {
   int count = 0;
-  if (allow_shared(kernel, shared) != cudaSuccess) return 1;  // the launch reports it
+  if (allow_shared(reinterpret_cast<const void*>(kernel), shared) != cudaSuccess) return 1;  // the launch reports it
   const cudaError_t e = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, block, shared);
   return e == cudaSuccess && count > 0 ? count : 1;
 }
 #endif
 template <class... P, class... A>
-const char* launch(void (*kernel)(P...), int64_t grid, int block, size_t shared, void* stream, A... args) {
+const char* launch(void (*kernel)(P...), int64_t grid, int block, size_t shared, void* stream, const A&... args) {
   if (grid > kMaxGrid) return "grid too large";
   return launch(kernel, dim3(unsigned(grid)), block, shared, stream, args...);
 }

@@ -122,36 +122,14 @@ AEUP_DEV uint64_t operand(uint32_t address, uint32_t leading, uint32_t stride) {
          uint64_t(1) << 62;
 }
 
-// A launch that may overlap the end of the kernel before it: see after_previous(). `shared` belongs to the kernel.
+// A launch that may overlap the end of the kernel before it: see after_previous().
 template <auto kKernel, class P>
 const char* launch_early(int64_t grid, int block, size_t shared, void* stream, const P& p) {
 #ifdef AEUP_EMULATE
   emu::overlap_next();
   return launch(kKernel, grid, block, shared, stream, p);
 #else
-  static std::atomic<uint64_t> allowed{0};  // a bit for each device that knows of `shared`
-  int device = 0;
-  cudaError_t e = cudaGetDevice(&device);
-  const uint64_t bit = e == cudaSuccess && device < 64 ? uint64_t(1) << device : 0;
-  if (!(allowed.load(std::memory_order_relaxed) & bit)) {
-    e = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
-    if (e != cudaSuccess) cudaGetLastError();  // reported here: do not leave it for the next caller
-    if (e != cudaSuccess) return cudaGetErrorString(e);
-    allowed.fetch_or(bit, std::memory_order_relaxed);
-  }
-  cudaLaunchAttribute early;
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(unsigned(grid));
-  config.blockDim = dim3(unsigned(block));
-  config.dynamicSmemBytes = shared;
-  config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &early;
-  config.numAttrs = 1;
-  e = cudaLaunchKernelEx(&config, kKernel, p);
-  if (e != cudaSuccess) cudaGetLastError();
-  return e == cudaSuccess ? nullptr : cudaGetErrorString(e);
+  return start(kKernel, dim3(unsigned(grid)), block, shared, stream, true, p);
 #endif
 }
 

@@ -23,14 +23,22 @@ inline CUtensorMapDataType map_type(DType dtype) {
   return dtype == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
 }
 
+// hopper_gemm.cuh. The forward reads the source through one map, the input gradient through one for each phase.
+constexpr int kGemmMaps = 16, kGemmTaps = 256 + 1, kGemmGroups = 64;
+template <int kMaps, int kGroups>
 struct GemmParams;
+using ForwardParams = GemmParams<1, kGemmGroups>;
+template <int kMaps>
+using GradientParams = GemmParams<kMaps, 1>;
+using FloatParams = GemmParams<kGemmMaps, kGemmGroups>;
 struct GemmConfig {
   int bm, bn;
 };
 constexpr GemmConfig kGemmConfigs[] = {{256, 128}, {128, 256}, {128, 128}, {256, 64}, {128, 64}, {256, 32}};
 constexpr int kGemmConfigCount = 6;
-const char* launch_gemm_forward(const GemmParams& p, int config, DType dtype, void* stream);
-const char* launch_gemm_gradient(const GemmParams& p, int config, DType dtype, void* stream);
+const char* launch_gemm(const ForwardParams& p, int config, DType dtype, void* stream);
+template <int kMaps>  // 4 or kGemmMaps
+const char* launch_gemm(const GradientParams<kMaps>& p, int config, DType dtype, void* stream);
 
 // The sums of ranges, float32 [splits, n, ih, iw, ci8], added in order to the input's gradient.
 const char* add_ranges(const Convolution& c, const float* partial, int splits, void* stream);
@@ -41,7 +49,9 @@ struct NchwConfig {
 };
 constexpr NchwConfig kNchwConfigs[] = {{128, 256, 256}, {128, 128, 128}, {64, 256, 128}};
 constexpr int kNchwConfigCount = 3, kNchwPlainConfig = 0;  // the latter only for activations that are bounds
-const char* launch_gemm_nchw(const GemmParams& p, int config, int phases, bool forward, DType dtype, void* stream);
+const char* launch_gemm_nchw(const ForwardParams& p, int config, int phases, DType dtype, void* stream);
+template <int kMaps>  // 4 or kGemmMaps
+const char* launch_gemm_nchw(const GradientParams<kMaps>& p, int config, DType dtype, void* stream);
 
 // Pixels of a tile: a box of at most `most` pixels (exactly, if `exact`) over n images of h x w, with few tiles.
 struct Box {

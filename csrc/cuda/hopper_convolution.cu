@@ -29,20 +29,38 @@ Encode encoder() {
 
 const char* make_map(CUtensorMap* map, CUtensorMapDataType type, int bytes, const void* data, int rank,
                      const int64_t* size, const int64_t* stride, const int* box) {
-  const Encode encode = encoder();
-  if (!encode) return "this driver has no tensor maps";
-  cuuint64_t sizes[5], strides[5];
-  cuuint32_t boxes[5], steps[5];
+  // A model's tensors come back at the same addresses: the last maps are kept, each in the slot of its key.
+  using Key = std::array<int64_t, 16>;
+  struct Known {
+    Key key{};  // no map is of rank 0
+    CUtensorMap map;
+  };
+  thread_local std::array<Known, 256> known;
+  Key key{int64_t(reinterpret_cast<uintptr_t>(data)), int64_t(type) << 8 | rank};
   for (int i = 0; i < rank; ++i) {
-    sizes[i] = cuuint64_t(size[i]);
-    boxes[i] = cuuint32_t(box[i]);
-    steps[i] = 1;
-    if (i > 0) strides[i - 1] = cuuint64_t(stride[i - 1]) * bytes;
+    key[2 + i] = size[i], key[7 + i] = box[i];
+    if (i > 0) key[11 + i] = stride[i - 1];
   }
-  const CUresult e = encode(map, type, cuuint32_t(rank), const_cast<void*>(data), sizes, strides, boxes, steps,
-                            CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                            CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return e == CUDA_SUCCESS ? nullptr : "a tensor map was refused";
+  Known& slot = known[KeyHash<16>()(key) % known.size()];
+  if (slot.key != key) {
+    const Encode encode = encoder();
+    if (!encode) return "this driver has no tensor maps";
+    cuuint64_t sizes[5], strides[5];
+    cuuint32_t boxes[5], steps[5];
+    for (int i = 0; i < rank; ++i) {
+      sizes[i] = cuuint64_t(size[i]);
+      boxes[i] = cuuint32_t(box[i]);
+      steps[i] = 1;
+      if (i > 0) strides[i - 1] = cuuint64_t(stride[i - 1]) * bytes;
+    }
+    const CUresult e = encode(&slot.map, type, cuuint32_t(rank), const_cast<void*>(data), sizes, strides, boxes, steps,
+                              CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    slot.key = e == CUDA_SUCCESS ? key : Key{};
+    if (e != CUDA_SUCCESS) return "a tensor map was refused";
+  }
+  *map = slot.map;
+  return nullptr;
 }
 const char* make_map(CUtensorMap* map, DType dtype, const void* data, int rank, const int64_t* size,
                      const int64_t* stride, const int* box) {
@@ -218,7 +236,7 @@ int word_of(int64_t channels) { return channels % 8 == 0 ? 8 : channels % 4 == 0
 // `w` is [taps, ci, co]; or, where the phases are columns, [taps of a phase, ci, phases * co].
 const char* launch_forward(const Convolution& c, const Choice& choice, const void* x, const void* w, int64_t w_channel,
                            int64_t w_tap, void* out, void* stream) {
-  GemmParams p;
+  ForwardParams p;
   const Phases ah = phases_of(c.sh, c.ph, c.dh, c.kh), aw = phases_of(c.sw, c.pw, c.dw, c.kw);
   const bool together = choice.arrangement == Arrangement::merged || choice.arrangement == Arrangement::columns;
   const bool turned = choice.arrangement == Arrangement::turned;
@@ -236,22 +254,23 @@ const char* launch_forward(const Convolution& c, const Choice& choice, const voi
       g.first_tap = int16_t(taps);
       for (int i = ah.first[r]; i < ah.first[r + 1]; ++i)
         for (int j = aw.first[q]; j < aw.first[q + 1]; ++j) {
-          GemmTap& tap = p.tap[taps++];
-          tap.map = 0, tap.h = int8_t(ah.shift[i] - eh.of[r]), tap.w = int8_t(aw.shift[j] - ew.of[q]);
-          for (int m = 0; m < p.merged; ++m)
-            tap.weight[m] = uint16_t(columns ? i * per_phase_w + j
-                                             : ah.kernel[p.merged == 1 ? i : ah.first[m / 2] + i] * c.kw +
-                                                   aw.kernel[p.merged == 1 ? j : aw.first[m % 2] + j]);
+          const int weight = columns ? i * per_phase_w + j : ah.kernel[i] * c.kw + aw.kernel[j];
+          p.tap[taps++] = {weight, 0, ah.shift[i] - eh.of[r], aw.shift[j] - ew.of[q]};
         }
-      if (taps == g.first_tap) p.tap[taps++] = {{0xffff, 0, 0, 0}, 0, 0, 0};  // no such weight: the tile is zero
       g.taps = int16_t(taps - g.first_tap);
+      if (g.taps == 0) g.first_tap = kGemmTaps - 1, g.taps = 1;
     }
+  p.tap[kGemmTaps - 1] = {kNoWeight, 0, 0, 0};  // its tile is zero
+  // The kernel indices of every phase are equally far apart.
+  for (int m = 0; m < 4; ++m)
+    p.add[m] =
+        p.merged == 1
+            ? 0
+            : int16_t((ah.kernel[ah.first[m / 2]] - ah.kernel[0]) * c.kw + (aw.kernel[aw.first[m % 2]] - aw.kernel[0]));
   for (int r = 0; r < c.sh; ++r)
     for (int q = 0; q < c.sw; ++q) {
-      const bool one_group = choice.arrangement == Arrangement::merged;
-      GemmGroup& g = p.group[one_group ? 0 : r * c.sw + q];
-      g.oh[one_group ? r * 2 + q : 0] = int16_t(r - c.sh * eh.of[r]);
-      g.ow[one_group ? r * 2 + q : 0] = int16_t(q - c.sw * ew.of[q]);
+      GemmGroup& g = p.group[r * c.sw + q];
+      g.oh = int16_t(r - c.sh * eh.of[r]), g.ow = int16_t(q - c.sw * ew.of[q]);
     }
   const Box box = choice.box;
   const int64_t ci8 = round_up(c.ci, 8);
@@ -278,13 +297,14 @@ const char* launch_forward(const Convolution& c, const Choice& choice, const voi
   p.tiles = int(ceil_div(c.n, box.n)) * p.tiles_h * p.tiles_w * p.blocks * p.groups;
   p.source_bytes = uint32_t(box.n * box.h * box.w * 128);
   set_dividers(&p);
-  if (turned) return launch_gemm_nchw(p, choice.config, c.sw, true, c.dtype, stream);
-  return launch_gemm_forward(p, choice.config, c.dtype, stream);
+  if (turned) return launch_gemm_nchw(p, choice.config, c.sw, c.dtype, stream);
+  return launch_gemm(p, choice.config, c.dtype, stream);
 }
 
+template <int kMaps>
 const char* launch_input_gradient(const Convolution& c, const void* grad, const void* w, int64_t w_channel,
                                   int64_t w_tap, void* out, void* stream) {
-  GemmParams p;
+  GradientParams<kMaps> p;
   const int64_t chunks = ceil_div(c.co, 64), co8 = round_up(c.co, 8);
   const Choice& best = gradient_choice(c);
   const bool turned = best.arrangement == Arrangement::turned;
@@ -297,8 +317,7 @@ const char* launch_input_gradient(const Convolution& c, const void* grad, const 
     for (int j = 0; j < c.kw; ++j) {
       const int h = c.dh * i - c.ph, width = c.dw * j - c.pw;
       const int fh = floor_div(h, c.sh), fw = floor_div(width, c.sw), a = h - fh * c.sh, b = width - fw * c.sw;
-      if (a < c.oh && b < c.ow)
-        p.tap[taps++] = {{uint16_t(i * c.kw + j), 0, 0, 0}, int8_t(fh), int8_t(fw), uint8_t(a * c.sw + b)};
+      if (a < c.oh && b < c.ow) p.tap[taps++] = {i * c.kw + j, a * c.sw + b, fh, fw};
     }
   {
     const int64_t size[3] = {co8, c.ci, int64_t(c.kh) * c.kw}, stride[2] = {w_channel, w_tap};
@@ -306,7 +325,7 @@ const char* launch_input_gradient(const Convolution& c, const void* grad, const 
     if (const char* e = make_map(&p.weight, c.dtype, w, 3, size, stride, weights)) return e;
   }
   p.groups = 1, p.merged = 1;
-  p.group[0] = {0, int16_t(taps), {0, 0, 0, 0}, {0, 0, 0, 0}};
+  p.group[0] = {0, int16_t(taps), 0, 0};
   p.out = out, p.bias = c.bias, p.n = c.n;
   p.splits = best.splits;
   p.oh = int(c.ih), p.ow = int(c.iw), p.c = p.columns = int(best.splits > 1 ? round_up(c.ci, 8) : c.ci);
@@ -319,8 +338,8 @@ const char* launch_input_gradient(const Convolution& c, const void* grad, const 
   p.tiles = int(ceil_div(c.n, box.n)) * p.tiles_h * p.tiles_w * p.blocks * p.splits;
   p.source_bytes = uint32_t(box.n * box.h * box.w * 128);
   set_dividers(&p);
-  if (turned) return launch_gemm_nchw(p, best.config, 1, false, c.dtype, stream);
-  return launch_gemm_gradient(p, best.config, c.dtype, stream);
+  if (turned) return launch_gemm_nchw(p, best.config, c.dtype, stream);
+  return launch_gemm(p, best.config, c.dtype, stream);
 }
 
 struct Layout {  // of the workspace: offsets in bytes, -1 where the tensor is used as it is
@@ -424,7 +443,8 @@ const char* run(const Convolution& given, Pass pass, void* memory, void* stream)
     if (l.out >= 0) e = from_channels_last(out, c.result, c.n, c.co, c.oh * c.ow, c.co, stream);
   } else {
     if ((e = channels_last_of(c, &grad, c.co, c.oh, c.ow, l.source, workspace, stream))) return e;
-    if ((e = launch_input_gradient(c, grad, weight, w_channel, w_tap, out, stream))) return e;
+    const auto launch = c.sh * c.sw <= 4 ? launch_input_gradient<4> : launch_input_gradient<kGemmMaps>;
+    if ((e = launch(c, grad, weight, w_channel, w_tap, out, stream))) return e;
     if (gradient_choice(c).splits > 1)
       e = add_ranges(c, static_cast<const float*>(out), gradient_choice(c).splits, stream);
     else if (l.out >= 0)

@@ -34,7 +34,7 @@ AEUP_DEV float smooth_exact(float v, int activation) {
   }
 }
 template <bool kSmooth>
-AEUP_DEV float activated(float v, const GemmParams& p) {
+AEUP_DEV float activated(float v, const FloatParams& p) {
   if constexpr (kSmooth) return smooth_exact(v, p.activation);
   if (p.activation == 0) return v;
   return v < 0 ? (p.activation == int(Activation::relu) ? 0.f : v * p.slope) : v;  // NaN stays NaN
@@ -89,7 +89,7 @@ AEUP_DEV void strict_step(float (&part)[kTilesM][kLength], uint32_t a, uint64_t 
 // The phases of a row run side by side, so that their sectors fill up in L2.
 template <int BM, int BN, bool kStrict, bool kSmooth>
 __global__ void __launch_bounds__(FloatShape<BM, BN, kStrict>::kThreads, 1)
-    hopper_float(const __grid_constant__ GemmParams p, bool nchw) {
+    hopper_float(const __grid_constant__ FloatParams p, bool nchw) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using S = FloatShape<BM, BN, kStrict>;
   AEUP_DYNAMIC_SHARED(unsigned char, memory);
@@ -119,11 +119,11 @@ __global__ void __launch_bounds__(FloatShape<BM, BN, kStrict>::kThreads, 1)
           barrier_wait(empty + stage, parity);
           if (warp == 0) {
             barrier_expect(full + stage, p.source_bytes);
-            copy_box(a, &p.source[tap.map], full + stage, chunk, t.w + tap.w, t.h + tap.h, t.n);
+            copy_box(a, &p.source[tap.map()], full + stage, chunk, t.w + tap.w(), t.h + tap.h(), t.n);
           } else {
             barrier_expect(full + stage, S::kBBytes);
-            copy_box(b, &p.weight, full + stage, chunk, c0, tap.weight[0]);
-            if constexpr (kStrict) copy_box(b + S::kPlane, &p.weight, full + stage, chunk, c0, tap.weight[1]);
+            copy_box(b, &p.weight, full + stage, chunk, c0, tap.weight());
+            if constexpr (kStrict) copy_box(b + S::kPlane, &p.weight, full + stage, chunk, c0, tap.weight() + p.add[1]);
           }
           if (++stage == S::kStages) stage = 0, parity ^= 1;
         }
@@ -238,10 +238,10 @@ __global__ void __launch_bounds__(FloatShape<BM, BN, kStrict>::kThreads, 1)
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
               const int at = b * 8 + lane % 4 * 2 + e, v = t.block * BN + at;
-              int c = v, oh = g.oh[0], ow = g.ow[0];
+              int c = v, oh = g.oh, ow = g.ow;
               if (p.columns != p.c && v < p.columns) {
                 const int q = p.by_c.divide(v);
-                c = v - q * p.c, oh = p.group[q].oh[0], ow = p.group[q].ow[0];
+                c = v - q * p.c, oh = p.group[q].oh, ow = p.group[q].ow;
               }
               const float add = own_bias[at];
               const int64_t offset = c * plane + (oh * p.ow + ow);
@@ -273,10 +273,10 @@ __global__ void __launch_bounds__(FloatShape<BM, BN, kStrict>::kThreads, 1)
           __syncwarp();
           if (p.c % 4 == 0) {
             const int v = t.block * BN + j * 32 + lane % 8 * 4;
-            int c = v, oh = g.oh[0], ow = g.ow[0];
+            int c = v, oh = g.oh, ow = g.ow;
             if (p.columns != p.c && v < p.columns) {
               const int q = p.by_c.divide(v);
-              c = v - q * p.c, oh = p.group[q].oh[0], ow = p.group[q].ow[0];
+              c = v - q * p.c, oh = p.group[q].oh, ow = p.group[q].ow;
             }
             float* out = static_cast<float*>(p.out) + c;
 #pragma unroll
@@ -288,10 +288,10 @@ __global__ void __launch_bounds__(FloatShape<BM, BN, kStrict>::kThreads, 1)
             }
           } else {
             const int v = t.block * BN + j * 32 + lane;
-            int c = v, oh = g.oh[0], ow = g.ow[0];
+            int c = v, oh = g.oh, ow = g.ow;
             if (p.columns != p.c && v < p.columns) {
               const int q = p.by_c.divide(v);
-              c = v - q * p.c, oh = p.group[q].oh[0], ow = p.group[q].ow[0];
+              c = v - q * p.c, oh = p.group[q].oh, ow = p.group[q].ow;
             }
             float* out = static_cast<float*>(p.out) + c;
 #pragma unroll
@@ -312,9 +312,9 @@ __global__ void __launch_bounds__(FloatShape<BM, BN, kStrict>::kThreads, 1)
 }
 
 template <int BM, int BN, bool kStrict>
-const char* launch_float(const GemmParams& p, bool nchw, void* stream) {
+const char* launch_float(const FloatParams& p, bool nchw, void* stream) {
   using S = FloatShape<BM, BN, kStrict>;
-  const int64_t grid = p.tiles < multiprocessors() ? p.tiles : multiprocessors();
+  const int64_t grid = min(p.tiles, multiprocessors());
   if (p.activation > int(Activation::leaky_relu))
     AEUP_LAUNCH((hopper_float<BM, BN, kStrict, true>), grid, S::kThreads, S::kBytes, stream, p, nchw);
   else

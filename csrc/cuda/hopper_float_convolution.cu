@@ -71,7 +71,7 @@ struct Operand {  // the weight: rows of `pitch` elements from `row` to `row`, `
 };
 
 // What both passes share, when groups, taps and columns are set: sizes, maps of the weight, launch.
-const char* finish(GemmParams* p, const Convolution& c, const Choice& choice, const Operand& w, int64_t h,
+const char* finish(FloatParams* p, const Convolution& c, const Choice& choice, const Operand& w, int64_t h,
                    int64_t width, void* stream) {
   const bool strict = !c.tf32;
   const int bn = kFloatConfigs[choice.config].bn;
@@ -80,7 +80,7 @@ const char* finish(GemmParams* p, const Convolution& c, const Choice& choice, co
   const int boxes[3] = {32, bn, 1};
   if (const char* e = make_map(&p->weight, type, 4, w.data, 3, size, stride, boxes)) return e;
   const Box box = choice.box;
-  p->merged = 1;
+  p->merged = 1, p->add[0] = 0, p->add[1] = int16_t(w.taps);  // of the second plane, if there is one
   p->n = c.n;
   p->blocks = int(ceil_div(p->columns, bn));
   p->box_n = box.n, p->box_h = box.h, p->box_w = box.w;
@@ -97,7 +97,7 @@ CUtensorMapDataType source_type(const Convolution& c) {
 }
 
 const char* launch_forward(const Convolution& c, const void* x, Operand w, void* out, void* stream) {
-  GemmParams p;
+  FloatParams p;
   const Choice& choice = choice_of(c, Pass::forward);
   const bool columns = choice.arrangement == Arrangement::columns;
   const Phases ah = phases_of(c.sh, c.ph, c.dh, c.kh), aw = phases_of(c.sw, c.pw, c.dw, c.kw);
@@ -107,15 +107,12 @@ const char* launch_forward(const Convolution& c, const void* x, Operand w, void*
     for (int q = 0; q < c.sw; ++q) {
       GemmGroup& g = p.group[r * c.sw + q];
       g.first_tap = int16_t(taps);
-      g.oh[0] = int16_t(r - c.sh * eh.of[r]), g.ow[0] = int16_t(q - c.sw * ew.of[q]);
+      g.oh = int16_t(r - c.sh * eh.of[r]), g.ow = int16_t(q - c.sw * ew.of[q]);
       if (!columns || r + q == 0)
         for (int i = ah.first[r]; i < ah.first[r + 1]; ++i)
           for (int j = aw.first[q]; j < aw.first[q + 1]; ++j) {
             const int at = columns ? i * aw.first[1] + j : ah.kernel[i] * c.kw + aw.kernel[j];
-            p.tap[taps++] = {{uint16_t(at), uint16_t(at + w.taps), 0, 0},
-                             int8_t(ah.shift[i] - eh.of[r]),
-                             int8_t(aw.shift[j] - ew.of[q]),
-                             0};
+            p.tap[taps++] = {at, 0, ah.shift[i] - eh.of[r], aw.shift[j] - ew.of[q]};
           }
       g.taps = int16_t(taps - g.first_tap);
     }
@@ -132,7 +129,7 @@ const char* launch_forward(const Convolution& c, const void* x, Operand w, void*
 }
 
 const char* launch_input_gradient(const Convolution& c, const void* grad, Operand w, void* out, void* stream) {
-  GemmParams p;
+  FloatParams p;
   const Choice& choice = choice_of(c, Pass::input_gradient);
   const int boxes[4] = {32, choice.box.w, choice.box.h, choice.box.n};
   if (const char* e = map_phases(p.source, source_type(c), 4, grad, c, round_up(c.co, 4), boxes)) return e;
@@ -141,11 +138,10 @@ const char* launch_input_gradient(const Convolution& c, const void* grad, Operan
     for (int j = 0; j < c.kw; ++j) {
       const int h = c.dh * i - c.ph, width = c.dw * j - c.pw, at = i * c.kw + j;
       const int fh = floor_div(h, c.sh), fw = floor_div(width, c.sw), a = h - fh * c.sh, b = width - fw * c.sw;
-      if (a < c.oh && b < c.ow)
-        p.tap[taps++] = {{uint16_t(at), uint16_t(at + w.taps), 0, 0}, int8_t(fh), int8_t(fw), uint8_t(a * c.sw + b)};
+      if (a < c.oh && b < c.ow) p.tap[taps++] = {at, a * c.sw + b, fh, fw};
     }
   p.groups = 1;
-  p.group[0] = {0, int16_t(taps), {0, 0, 0, 0}, {0, 0, 0, 0}};
+  p.group[0] = {0, int16_t(taps), 0, 0};
   p.out = out, p.bias = nullptr;
   p.oh = int(c.ih), p.ow = int(c.iw), p.c = p.columns = int(c.ci), p.stride_h = p.stride_w = 1;
   p.activation = 0, p.slope = 0;

@@ -2,7 +2,7 @@
 
 namespace aeup {
 
-const char* launch_float_strict(const GemmParams& p, int config, bool nchw, void* stream) {
+const char* launch_float_strict(const FloatParams& p, int config, bool nchw, void* stream) {
   switch (config) {
     case 2: return launch_float<kFloatConfigs[2].bm, kFloatConfigs[2].bn, true>(p, nchw, stream);
     case 3: return launch_float<kFloatConfigs[3].bm, kFloatConfigs[3].bn, true>(p, nchw, stream);

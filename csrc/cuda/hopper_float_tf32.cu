@@ -2,7 +2,7 @@
 
 namespace aeup {
 
-const char* launch_float_tf32(const GemmParams& p, int config, bool nchw, void* stream) {
+const char* launch_float_tf32(const FloatParams& p, int config, bool nchw, void* stream) {
   switch (config) {
     case 0: return launch_float<kFloatConfigs[0].bm, kFloatConfigs[0].bn, false>(p, nchw, stream);
     case 1: return launch_float<kFloatConfigs[1].bm, kFloatConfigs[1].bn, false>(p, nchw, stream);

@@ -311,7 +311,7 @@ Plan plan_of(const Convolution& c) {
 template <int BN, bool kStrict>
 const char* run(const Params& p, void* stream) {
   using S = Shape<BN, kStrict>;
-  const int64_t grid = p.tiles < multiprocessors() ? p.tiles : multiprocessors();
+  const int64_t grid = min(p.tiles, multiprocessors());
   return launch_early<weight_gradient<BN, kStrict>>(grid, S::kThreads, S::kBytes, stream, p);
 }
 
@@ -347,12 +347,12 @@ const char* launch_turn(const Convolution& c, const Plan& plan, float* to, void*
 }  // namespace
 
 int64_t float_weight_gradient_workspace(const Convolution& c) {
-  const Plan plan = plan_of(c);
+  const Plan& plan = remembered(c, Pass::weight_gradient, plan_of);
   return turned_bytes(c, plan) + plan.splits * partial_bytes(c);
 }
 
 const char* float_weight_gradient(const Convolution& c, const void* grad, void* workspace, void* stream) {
-  const Plan plan = plan_of(c);
+  const Plan& plan = remembered(c, Pass::weight_gradient, plan_of);
   const bool strict = !c.tf32;
   auto* turned = static_cast<float*>(workspace);
   if (const char* e = launch_turn(c, plan, turned, stream)) return e;

@@ -8,23 +8,31 @@
 // input gradient reads the output's gradient through one map for each phase, and has one group.
 #pragma once
 #include "../convolution.h"
+#include "cuda/hopper.h"
 #include "cuda/wgmma.cuh"
 
 namespace aeup {
 
-struct alignas(16) GemmTap {
-  uint16_t weight[4];  // kernel index kh * KW + kw, for each merged phase
-  int8_t h, w;         // shift of the source box
-  uint8_t map;         // of the source
+struct GemmTap {  // one word, read at once
+  uint32_t bits;
+  GemmTap() = default;
+  GemmTap(int weight, int map, int h, int w)
+      : bits(uint32_t(weight) | uint32_t(map) << 12 | uint32_t(uint8_t(h)) << 16 | uint32_t(uint8_t(w)) << 24) {}
+  AEUP_DEV int weight() const { return int(bits & 0xfff); }   // kernel index kh * KW + kw
+  AEUP_DEV int map() const { return int(bits >> 12 & 0xf); }  // of the source
+  AEUP_DEV int h() const { return int8_t(bits >> 16); }       // shift of the source box
+  AEUP_DEV int w() const { return int8_t(bits >> 24); }
 };
 struct GemmGroup {
   int16_t first_tap, taps;
-  int16_t oh[4], ow[4];  // pixel (uh, uw) is output (stride_h * uh + oh, stride_w * uw + ow), for each merged phase
+  int16_t oh, ow;  // pixel (uh, uw) is output (stride_h * uh + oh, stride_w * uw + ow)
 };
-constexpr int kGemmMaps = 16, kGemmTaps = 256 + 64, kGemmGroups = 64;
+constexpr int kNoWeight = 0xfff;  // outside of every weight's map: zeros
 
+// They travel with each launch, so they are made small: no map and no group that the kernel has no use for.
+template <int kMaps, int kGroups>
 struct GemmParams {
-  CUtensorMap source[kGemmMaps], weight;
+  CUtensorMap source[kMaps], weight;
   void* out;         // [n, oh, ow, c], dense
   const void* bias;  // [c] or null
   int64_t n;
@@ -37,16 +45,18 @@ struct GemmParams {
   int chunks;               // of 64 source channels
   bool short_chunk;         // the last one has at most 32
   int splits = 1;           // ranges of the sum, each a tile of its own: then `out` is float32 [splits, n, oh, ow, c]
-  int groups, merged;       // merged: phases in a group, 1, 2 or 4
+  int groups, merged;       // merged: phases in a tile, 1 or 4; then group 0 has the taps of the first
+  int16_t add[4];           // to a tap's weight, for each merged phase
   int blocks;               // column blocks in a group
   int box_n, box_h, box_w;  // pixels of a tile
   int tiles_h, tiles_w;
   int tiles;  // all
   Divider by_splits, by_groups, by_blocks, by_tiles_w, by_tiles_h, by_c;
   uint32_t source_bytes;  // of one box
-  GemmGroup group[kGemmGroups];
+  GemmGroup group[kGroups];
   GemmTap tap[kGemmTaps];
 };
+static_assert(sizeof(ForwardParams) <= 2048 && sizeof(GradientParams<4>) <= 2048 && sizeof(FloatParams) < 4096);
 
 template <int BM, int BN>
 struct GemmShape {
@@ -85,7 +95,8 @@ AEUP_DEV int take_digit(int& n, const Divider& d) {  // n % d; n becomes n / d
   n = quotient;
   return digit;
 }
-AEUP_DEV GemmTile gemm_tile(const GemmParams& p, int index) {
+template <class P>
+AEUP_DEV GemmTile gemm_tile(const P& p, int index) {
   GemmTile t;
   t.split = take_digit(index, p.by_splits);
   t.group = take_digit(index, p.by_groups);
@@ -99,25 +110,26 @@ AEUP_DEV GemmTile gemm_tile(const GemmParams& p, int index) {
 struct GemmSteps {
   int first, end;
 };
-AEUP_DEV GemmSteps gemm_steps(const GemmParams& p, const GemmTile& t) {
+template <class P>
+AEUP_DEV GemmSteps gemm_steps(const P& p, const GemmTile& t) {
   const int steps = p.group[t.group].taps * p.chunks;
   return {steps * t.split / p.splits, steps * (t.split + 1) / p.splits};
 }
 
 // 16 rows x 64 columns (kChunks of 8) from shared memory, kElements of 4 or 1 at a time: where 8 neighbours are not
 // always aligned neighbours in memory. Neighbouring lanes store neighbouring columns.
-template <class T, int kElements, int kChunks>
-AEUP_DEV void store_columns(const GemmParams& p, const GemmGroup& g, uint32_t own, const int (&pixel)[4],
-                            const int (&top)[4], const int (&left)[4], int first, int phase) {
+template <class T, int kElements, int kChunks, class P>
+AEUP_DEV void store_columns(const P& p, const GemmGroup& g, uint32_t own, const int (&pixel)[4], const int (&top)[4],
+                            const int (&left)[4], int first) {
   constexpr int kWords = kChunks * 8 / kElements, kLanes = kWords < 32 ? kWords : 32, kRows = 32 / kLanes;
   const int lane = threadIdx.x % 32, row_lane = lane / kLanes * 8;
 #pragma unroll
   for (int word = lane % kLanes; word < kWords; word += kLanes) {
     const int v = first + word * kElements;
-    int c = v, oh = g.oh[phase], ow = g.ow[phase];
+    int c = v, oh = g.oh, ow = g.ow;
     if (p.columns != p.c && v < p.columns) {
       const int q = p.by_c.divide(v);
-      c = v - q * p.c, oh = p.group[q].oh[0], ow = p.group[q].ow[0];
+      c = v - q * p.c, oh = p.group[q].oh, ow = p.group[q].ow;
     }
     T* out = static_cast<T*>(p.out) + c;
 #pragma unroll
@@ -142,8 +154,8 @@ AEUP_DEV void store_columns(const GemmParams& p, const GemmGroup& g, uint32_t ow
 
 // kForward: the weight slice is [source channels, 64 columns] with the columns contiguous, else [columns, 64 source
 // channels] with the source channels contiguous. kPartial: no epilogue, float32 sums of each of `splits` ranges.
-template <class T, int BM, int BN, bool kForward, bool kSmooth, bool kPartial = false>
-__global__ void __launch_bounds__(GemmShape<BM, BN>::kThreads, 1) hopper_gemm(const __grid_constant__ GemmParams p) {
+template <class T, int BM, int BN, bool kForward, bool kSmooth, bool kPartial, class P>
+__global__ void __launch_bounds__(GemmShape<BM, BN>::kThreads, 1) hopper_gemm(const __grid_constant__ P p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using S = GemmShape<BM, BN>;
   AEUP_DYNAMIC_SHARED(unsigned char, memory);
@@ -184,21 +196,17 @@ __global__ void __launch_bounds__(GemmShape<BM, BN>::kThreads, 1) hopper_gemm(co
         barrier_wait(empty + stage, parity);
         if (warp == 0) {
           barrier_expect(full + stage, p.source_bytes);
-          copy_box(a, &p.source[kForward ? 0 : tap.map], full + stage, chunk, t.w + tap.w, t.h + tap.h, t.n);
+          copy_box(a, &p.source[kForward ? 0 : tap.map()], full + stage, chunk, t.w + tap.w(), t.h + tap.h(), t.n);
         } else {
           barrier_expect(full + stage, S::kBBytes);
           if constexpr (kForward) {
 #pragma unroll
             for (int j = 0; j < S::kBoxes; ++j) {
-              const int q = box_phase[j];
-              const int weight = q == 0   ? tap.weight[0]
-                                 : q == 1 ? tap.weight[1]
-                                 : q == 2 ? tap.weight[2]
-                                          : tap.weight[3];
+              const int weight = tap.weight() + p.add[box_phase[j]];
               copy_box(b + j * 8192, &p.weight, full + stage, c0 + box_column[j], chunk, weight);
             }
           } else {
-            copy_box(b, &p.weight, full + stage, chunk, c0, tap.weight[0]);
+            copy_box(b, &p.weight, full + stage, chunk, c0, tap.weight());
           }
         }
         if (++i == first + taps) i = first, chunk += 64;
@@ -227,7 +235,6 @@ __global__ void __launch_bounds__(GemmShape<BM, BN>::kThreads, 1) hopper_gemm(co
     float acc[S::kTilesM][BN / 2];
     for (int index = blockIdx.x; index < p.tiles; index += gridDim.x) {
       const GemmTile t = gemm_tile(p, index);
-      const GemmGroup& g = p.group[t.group];
       const T* bias = static_cast<const T*>(p.bias);
       float own_values[(S::kBoxes + 1) / 2];
 #pragma unroll
@@ -239,7 +246,7 @@ __global__ void __launch_bounds__(GemmShape<BM, BN>::kThreads, 1) hopper_gemm(co
                             : 0.f;
       }
       const GemmSteps steps = gemm_steps(p, t);
-      const int whole = p.short_chunk ? g.taps * (p.chunks - 1) : steps.end;
+      const int whole = p.short_chunk ? p.group[t.group].taps * (p.chunks - 1) : steps.end;
       int step = steps.first;
       uint64_t* previous = nullptr;
       const auto multiply = [&](auto sixteens) {  // channels of the step
@@ -331,12 +338,13 @@ __global__ void __launch_bounds__(GemmShape<BM, BN>::kThreads, 1) hopper_gemm(co
             store_matrices(own + row * 128 + ((column ^ (row & 7)) << 4), packed[0], packed[1], packed[2], packed[3]);
           }
           __syncwarp();
+          const GemmGroup& g = p.group[t.group + box_phase[j]];
           if (p.word == 8) {
             const int v = t.block * columns + box_column[j] + lane % 8 * 8;
-            int c = v, oh = g.oh[box_phase[j]], ow = g.ow[box_phase[j]];
+            int c = v, oh = g.oh, ow = g.ow;
             if (p.columns != p.c && v < p.columns) {
               const int q = p.by_c.divide(v);
-              c = v - q * p.c, oh = p.group[q].oh[0], ow = p.group[q].ow[0];
+              c = v - q * p.c, oh = p.group[q].oh, ow = p.group[q].ow;
             }
             const bool inside = v < p.columns && lane % 8 < kChunks;
             T* out = static_cast<T*>(p.out) + c;
@@ -348,9 +356,9 @@ __global__ void __launch_bounds__(GemmShape<BM, BN>::kThreads, 1) hopper_gemm(co
                                 load_shared<Words>(own + row * 128 + ((lane % 8 ^ (row & 7)) << 4)).w);
             }
           } else if (p.word == 4) {
-            store_columns<T, 4, kChunks>(p, g, own, pixel, top, left, t.block * columns + box_column[j], box_phase[j]);
+            store_columns<T, 4, kChunks>(p, g, own, pixel, top, left, t.block * columns + box_column[j]);
           } else {
-            store_columns<T, 1, kChunks>(p, g, own, pixel, top, left, t.block * columns + box_column[j], box_phase[j]);
+            store_columns<T, 1, kChunks>(p, g, own, pixel, top, left, t.block * columns + box_column[j]);
           }
         }
       }

@@ -4,18 +4,18 @@
 namespace aeup {
 namespace {
 
-template <class T, int kConfig>
-const char* run(const GemmParams& p, void* stream) {
+template <class T, int kConfig, class P>
+const char* run(const P& p, void* stream) {
   constexpr int BM = kGemmConfigs[kConfig].bm, BN = kGemmConfigs[kConfig].bn;
   using S = GemmShape<BM, BN>;
-  const int64_t grid = p.tiles < multiprocessors() ? p.tiles : multiprocessors();
+  const int64_t grid = min(p.tiles, multiprocessors());
   return p.splits > 1
-             ? launch_early<hopper_gemm<T, BM, BN, false, false, true>>(grid, S::kThreads, S::kBytes, stream, p)
-             : launch_early<hopper_gemm<T, BM, BN, false, false>>(grid, S::kThreads, S::kBytes, stream, p);
+             ? launch_early<hopper_gemm<T, BM, BN, false, false, true, P>>(grid, S::kThreads, S::kBytes, stream, p)
+             : launch_early<hopper_gemm<T, BM, BN, false, false, false, P>>(grid, S::kThreads, S::kBytes, stream, p);
 }
 
-template <class T>
-const char* dispatch(const GemmParams& p, int config, void* stream) {
+template <class T, class P>
+const char* dispatch(const P& p, int config, void* stream) {
   switch (config) {
     case 0: return run<T, 0>(p, stream);
     case 1: return run<T, 1>(p, stream);
@@ -72,8 +72,11 @@ const char* add_ranges(const Convolution& c, const float* partial, int splits, v
   return nullptr;
 }
 
-const char* launch_gemm_gradient(const GemmParams& p, int config, DType dtype, void* stream) {
+template <int kMaps>
+const char* launch_gemm(const GradientParams<kMaps>& p, int config, DType dtype, void* stream) {
   return dtype == DType::bf16 ? dispatch<BFloat16>(p, config, stream) : dispatch<Half>(p, config, stream);
 }
+template const char* launch_gemm(const GradientParams<4>&, int, DType, void*);
+template const char* launch_gemm(const GradientParams<kGemmMaps>&, int, DType, void*);
 
 }  // namespace aeup

@@ -19,8 +19,8 @@ struct NchwShape {
 };
 
 // p.group[t.group * kPhases + b] holds the taps of phase b; `merged` is 1 and `columns` is c.
-template <class T, int BM, int BN, int kPhases, bool kForward, bool kSmooth>
-__global__ void __launch_bounds__(384, 1) hopper_gemm_nchw(const __grid_constant__ GemmParams p) {
+template <class T, int BM, int BN, int kPhases, bool kForward, bool kSmooth, class P>
+__global__ void __launch_bounds__(384, 1) hopper_gemm_nchw(const __grid_constant__ P p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using S = NchwShape<BM, BN>;
   AEUP_DYNAMIC_SHARED(unsigned char, memory);
@@ -53,16 +53,16 @@ __global__ void __launch_bounds__(384, 1) hopper_gemm_nchw(const __grid_constant
             barrier_wait(empty + stage, parity);
             if (warp == 0) {
               barrier_expect(full + stage, p.source_bytes);
-              copy_box(a + S::kABytes, &p.source[kForward ? 0 : tap.map], full + stage, chunk, t.w + tap.w, t.h + tap.h,
-                       t.n);
+              copy_box(a + S::kABytes, &p.source[kForward ? 0 : tap.map()], full + stage, chunk, t.w + tap.w(),
+                       t.h + tap.h(), t.n);
             } else {
               barrier_expect(full + stage, S::kABytes);
               if constexpr (kForward) {
 #pragma unroll
                 for (int j = 0; j < BM / 64; ++j)
-                  copy_box(a + j * 8192, &p.weight, full + stage, t.block * BM + j * 64, chunk, tap.weight[0]);
+                  copy_box(a + j * 8192, &p.weight, full + stage, t.block * BM + j * 64, chunk, tap.weight());
               } else {
-                copy_box(a, &p.weight, full + stage, chunk, t.block * BM, tap.weight[0]);
+                copy_box(a, &p.weight, full + stage, chunk, t.block * BM, tap.weight());
               }
             }
             if (++stage == S::kStages) stage = 0, parity ^= 1;
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(384, 1) hopper_gemm_nchw(const __grid_constant
 #pragma unroll
       for (int e = 0; e < BN; e += 128) {
         const int at = first_pixel + e + threadIdx.x % 128, rows = at / p.box_w, image = rows / p.box_h;
-        const int n = t.n + image, y = (t.h + rows % p.box_h) * p.stride_h + g.oh[0];
+        const int n = t.n + image, y = (t.h + rows % p.box_h) * p.stride_h + g.oh;
         const int x = (t.w + at % p.box_w) * kPhases;
         const bool inside = image < p.box_n && n < p.n && y < p.oh && x < p.ow;
         // of the first phase, times 2, and whether the second is inside

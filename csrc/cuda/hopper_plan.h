@@ -28,7 +28,8 @@ struct Phases {  // an axis of the forward: for each phase, its kernel indices a
 };
 // Phase r holds the outputs o = r (mod s), o = s * u + r, and takes input u + shift with shift = (r + p - d * k) / s.
 inline Phases phases_of(int s, int p, int d, int k) {
-  Phases a{s, {}, {}, {}};
+  Phases a;
+  a.phases = s;
   int count = 0;
   for (int r = 0; r < s; ++r) {
     a.first[r] = count;
@@ -84,29 +85,38 @@ inline Early early_of(const Phases& a) {
 
 inline bool has_epilogue(const Convolution& c) { return c.bias || c.activation != Activation::none; }
 
-// Keeps what `plan` finds for a problem: it searches for microseconds, and a model asks for the same few every time.
-template <class Plan>
-const Choice& remembered(const Convolution& c, Pass pass, Plan plan) {
+template <size_t N>
+struct KeyHash {
+  size_t operator()(const std::array<int64_t, N>& key) const {
+    uint64_t h = 0xcbf29ce484222325;
+    for (const int64_t v : key) h = (h ^ uint64_t(v)) * 0x100000001b3, h ^= h >> 29;
+    return size_t(h);
+  }
+};
+// Keeps what `plan` finds for a problem: it searches for microseconds, and a model asks for the same few every time,
+// a call for the same one several times.
+template <class Found>
+const Found& remembered(const Convolution& c, Pass pass, Found (*plan)(const Convolution&)) {
   using Key = std::array<int64_t, 17>;
-  struct Hash {
-    size_t operator()(const Key& key) const {
-      uint64_t h = 0xcbf29ce484222325;
-      for (const int64_t v : key) h = (h ^ uint64_t(v)) * 0x100000001b3, h ^= h >> 29;
-      return size_t(h);
-    }
-  };
-  thread_local std::unordered_map<Key, Choice, Hash> known;
+  thread_local std::unordered_map<Key, Found, KeyHash<17>> known;
+  thread_local const std::pair<const Key, Found>* last = nullptr;
   const bool end = pass == Pass::forward ? c.activation > Activation::relu : has_epilogue(c);  // what plans depend on
-  const int64_t kind = (((int64_t(c.dtype) * 2 + c.tf32) * 2 + c.channels_last) * 2 + end) * 4 + int64_t(pass);
+  const int flags = c.tf32 | c.channels_last << 1 | c.weight_channels_last << 2 | c.folded() << 3 | end << 4;
+  const int64_t kind = (int64_t(c.dtype) << 5 | flags) * 4 + int64_t(pass);
   const Key key{kind, c.n,  c.ci, c.co, c.ih, c.iw, c.oh, c.ow,           c.kh,
                 c.kw, c.sh, c.sw, c.ph, c.pw, c.dh, c.dw, forced_config()};
-  const auto found = known.find(key);
-  if (found != known.end()) return found->second;
-  if (known.size() > 4096) known.clear();
-  return known.emplace(key, plan(c)).first->second;
+  if (last && last->first == key) return last->second;
+  auto found = known.find(key);
+  if (found == known.end()) {
+    if (known.size() > 4096) known.clear();
+    found = known.emplace(key, plan(c)).first;
+  }
+  last = &*found;
+  return last->second;
 }
 
-inline void set_dividers(GemmParams* p) {
+template <class P>
+void set_dividers(P* p) {
   p->by_splits = Divider(p->splits), p->by_groups = Divider(p->groups), p->by_blocks = Divider(p->blocks);
   p->by_c = Divider(p->c);
   p->by_tiles_w = Divider(p->tiles_w), p->by_tiles_h = Divider(p->tiles_h);

@@ -231,7 +231,7 @@ template <class T, int kConfig>
 const char* run(const Params& p, bool early, void* stream) {
   using S = Shape<kShapes[kConfig].rows, kShapes[kConfig].strips, kShapes[kConfig].shifts>;
   static_assert(2 * (S::kABytes + S::kStrips * 8192) <= kRing && S::kOwn * S::kStrips <= 4);
-  const int64_t grid = p.tiles < multiprocessors() ? p.tiles : multiprocessors();
+  const int64_t grid = min(p.tiles, multiprocessors());
   if (early) return launch_early<weight_gradient<T, S>>(grid, S::kThreads, kShared, stream, p);
   return launch(weight_gradient<T, S>, grid, S::kThreads, kShared, stream, p);
 }
@@ -332,14 +332,14 @@ Plan plan_of(const Convolution& c) {
 }  // namespace
 
 int64_t hopper_weight_gradient_workspace(const Convolution& c) {
-  const Plan plan = plan_of(c);
+  const Plan& plan = remembered(c, Pass::weight_gradient, plan_of);
   const int64_t elements = int64_t(c.kh) * c.kw * c.ci * c.co;
   return at_once(c, plan.splits) ? 0 : rounds(c, plan.splits) ? elements * 2 : elements * plan.splits * 4;
 }
 
 const char* hopper_weight_gradient(const Convolution& c, const void* x, const void* grad, void* workspace,
                                    void* stream) {
-  const Plan plan = plan_of(c);
+  const Plan& plan = remembered(c, Pass::weight_gradient, plan_of);
   if (plan.config < 0) return "no tile for this weight gradient";
   const auto& shape = kShapes[plan.config];
   const Pairs pairs = pairs_of(c);
