@@ -173,7 +173,7 @@ def test_what_takes_no_lower_resolution():
     model, x = Others().double(), torch.randn(2, 3, 4, 5, dtype=torch.float64)
     plain = copy.deepcopy(model)
     report = swap(model)
-    assert [(r.status, r.now) for r in report.rows] == [("replaced", "aeup for F.interpolate (4 times)")]
+    assert [(r.status, r.now) for r in report.rows] == [("replaced", "aeup for F.interpolate (4 calls)")]
     close([model(x)], [plain(x)])
 
 
