@@ -196,10 +196,13 @@ def note(op: Op, device: torch.device, args: tuple, call: str) -> None:
         record.append((op, device, args, call))
 
 
-def note_torch(name: str, call: str, reason: str) -> None:
-    """Remembers a call outside the kernels' domain, which torch serves."""
+def note_torch(name: str, call: str | Callable[[], str], reason: str) -> None:
+    """Remembers a call outside the kernels' domain, which torch serves. `call`: its description, or what makes it."""
+    if torch.compiler.is_compiling():
+        return
     record = _record.get()
     if record is not None:
+        call = call if isinstance(call, str) else call()
         record.append(Choice(name, call, "torch", "", {n: reason for n in NAMES if n != "torch"}))
 
 

@@ -111,24 +111,27 @@ class Conv2d(_WithActivation, nn.Conv2d):
 
     def activated(self, input: Tensor, activation: Activation) -> Tensor:
         """``activation(self(input))``, whatever this module's own is."""
+        weight = self.weight  # once: a parametrisation computes it whenever it is read
         if isinstance(input, Tensor):  # else a tracer's proxy, or torch raises
-            reason = self._refuses(input)
+            reason = self._refuses(input, weight)
             if reason is None:
                 return upsample_conv2d(
-                    input, self.weight, self.bias, scale_factor=1, padding=self.padding, groups=self.groups,
+                    input, weight, self.bias, scale_factor=1, padding=self.padding, groups=self.groups,
                     activation=activation,
                 )  # fmt: skip
-            note_torch("aeup.upsample_conv2d", f"{list(input.shape)}, {nn.Conv2d.extra_repr(self)}", reason)
-        y = super().forward(input)
+            note_torch("aeup.upsample_conv2d", lambda: f"{list(input.shape)}, {nn.Conv2d.extra_repr(self)}", reason)
+        y = self._conv_forward(input, weight, self.bias)
         return activate(y, *parse_activation(activation)) if activation else y
 
-    def _refuses(self, input: Tensor) -> str | None:
+    def _refuses(self, input: Tensor, weight: Tensor) -> str | None:
         if not input.is_cuda:
             return f"serves convolutions alone on a GPU, the tensor is on {input.device}"
-        if input.dim() != 4 or input.dtype is not self.weight.dtype and not torch.is_autocast_enabled("cuda"):
-            return "serves 4-D input of the weight's dtype"
+        alike = input.dtype is weight.dtype or torch.is_autocast_enabled("cuda")
+        if input.dim() != 4 or input.layout is not torch.strided or not alike or not weight.is_floating_point():
+            return "serves dense 4-D input of the weight's floating-point dtype"
         plain = self.stride == self.dilation == (1, 1) and self.padding_mode == "zeros"
-        return None if plain else "serves stride 1, dilation 1 and padding_mode 'zeros'"
+        good = plain and (type(self.padding) is not tuple or len(self.padding) == 2)
+        return None if good else "serves stride 1, dilation 1 and padding_mode 'zeros'"
 
 
 class UpsampleConv2d(nn.Module):
@@ -193,7 +196,7 @@ class UpsampleConv2d(nn.Module):
 
     def _padded(self, input: Tensor) -> Tensor:
         reason = f"pads the upsampled map with zeros; padding_mode is {self.conv.padding_mode!r}"
-        note_torch("aeup.upsample_conv2d", f"{list(input.shape)}, {self.extra_repr()}", reason)
+        note_torch("aeup.upsample_conv2d", lambda: f"{list(input.shape)}, {self.extra_repr()}", reason)
         u = interpolate(input, self.size, self.scale_factor, self.mode, self.align_corners)
         y = self.conv._conv_forward(u, self.conv.weight, self.conv.bias)
         return activate(y, *parse_activation(self.activation)) if self.activation else y
@@ -243,8 +246,10 @@ def normalised(norm: nn.BatchNorm2d, input: Tensor, activation: Activation) -> T
         counter=counter,
     )  # fmt: skip
     if average:
-        for mean, of_batch in zip(running, statistics, strict=True):
-            mean.lerp_(of_batch, counter.to(mean.dtype).reciprocal())
+        # As unseen by autograd as torch's own update: the norm may be in the graph more than once.
+        with torch.autograd._unsafe_preserve_version_counter(running):
+            for mean, of_batch in zip(running, statistics, strict=True):
+                mean.lerp_(of_batch, counter.to(mean.dtype).reciprocal())
     return y
 
 

@@ -123,7 +123,7 @@ class _Plan:
         elif isinstance(module, (nn.Upsample, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
             self.single(path, module)
         elif "ConvTranspose" in cls.__name__ and "quantized" in cls.__module__:
-            self.left(path, cls.__name__, pairs.refuses_type(module))
+            self.left(path, cls.__name__, pairs.refuses_type(module, pairs.TRANSPOSED))
         elif pairs.is_sequence(module):
             if self.fuse:
                 self.sequence(path, module)
@@ -137,7 +137,7 @@ class _Plan:
         if isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose3d)):
             return self.left(path, cls.__name__, "is 1-D or 3-D: aeup upsamples images")
         if cls not in _CLASSES:
-            return self.left(path, cls.__name__, pairs.refuses_type(module))
+            return self.left(path, cls.__name__, pairs.refuses_type(module, tuple(_CLASSES)))
         if "forward" in module.__dict__:
             return self.left(path, cls.__name__, "has a forward of its own, set on the instance")
         if isinstance(module, nn.ConvTranspose2d) and not pairs.has_plain_weight(module):

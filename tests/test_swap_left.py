@@ -56,7 +56,10 @@ REASONS = {
         "quantised",
     ),
     "quantised transposed": (torch.ao.nn.quantized.ConvTranspose2d(3, 3, 3), "quantised"),
-    "transposed": (nn.Sequential(nn.Upsample(scale_factor=2), nn.ConvTranspose2d(3, 3, 3)), "ConvTranspose2d"),
+    "transposed": (
+        nn.Sequential(nn.Upsample(scale_factor=2), nn.ConvTranspose2d(3, 3, 3)),
+        "ConvTranspose2d is no Conv2d",
+    ),
     "weight": (changed(nn.ConvTranspose2d(3, 3, 3), weight=PLAIN), "its weight is a Plain"),
     "weight of a pair": (
         nn.Sequential(nn.Upsample(scale_factor=2), changed(nn.Conv2d(3, 3, 3), weight=PLAIN)),

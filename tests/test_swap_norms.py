@@ -184,6 +184,23 @@ def test_transforms():
         close([transform(model)], [transform(plain)])
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_a_norm_in_two_places(momentum):
+    """Fused in one and alone in the other: its statistics are updated while a graph holds them."""
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(5, momentum=momentum)
+    model = nn.Sequential(norm, norm, nn.ReLU(), nn.Sequential(norm, nn.Tanh())).double()
+    plain, x = copy.deepcopy(model), torch.randn(4, 5, 3, 2, dtype=torch.float64)
+    assert len(swap(model).fused) == 2
+    check_as(model, plain, x)
+    for m in (model, plain):  # outside training, then in it, then backward
+        m.eval()
+        y = m(x)
+        m.train()(x)
+        y.sum().backward()
+    close((p.grad for p in model.parameters()), (p.grad for p in plain.parameters()))
+
+
 def test_errors_are_torchs():
     model, x = made()
     plain = copy.deepcopy(model)

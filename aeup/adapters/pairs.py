@@ -50,7 +50,7 @@ def watched(module: nn.Module) -> str | None:
     return "is compiled by itself" if module._compiled_call_impl is not None else None
 
 
-def _kind(module: nn.Module) -> str:
+def _kind(module: nn.Module, kinds: tuple[type, ...]) -> str:
     name = type(module).__name__
     if "_Parametrized" in name or "parametrizations" in module._modules:
         return "is parametrised"
@@ -58,7 +58,7 @@ def _kind(module: nn.Module) -> str:
         return "is quantised"
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return "is lazy: run the model once, then swap"
-    return "is a subclass: exact types only"
+    return "is a subclass: exact types only" if isinstance(module, kinds) else f"is no {kinds[0].__name__}"
 
 
 def has_plain_weight(module: nn.Module) -> bool:
@@ -67,8 +67,9 @@ def has_plain_weight(module: nn.Module) -> bool:
     return kind in _PLAIN_WEIGHTS or kind.__module__.startswith("torch._subclasses.")
 
 
-def refuses_type(module: nn.Module) -> str:
-    return f"{type(module).__name__} {_kind(module)}"
+def refuses_type(module: nn.Module, kinds: tuple[type, ...]) -> str:
+    """Why a module is not served that has none of these types."""
+    return f"{type(module).__name__} {_kind(module, kinds)}"
 
 
 def refuses_upsampling(up: Resampling) -> str | None:
@@ -117,7 +118,7 @@ def refuses_norm(norm: nn.Module) -> str | None:
 
 def _refuses(module: nn.Module, kinds: tuple[type, ...], what: str) -> str | None:
     if type(module) not in kinds:
-        return refuses_type(module)
+        return refuses_type(module, kinds)
     if module.__dict__.get("activation") is not None:
         return f"{what} has an activation already"
     if not has_plain_weight(module):
@@ -268,7 +269,7 @@ def pairs_in(sequence: nn.Sequential) -> list[tuple[int, int, str | None]]:
             conv = first_of(after)
             if isinstance(conv, nn.modules.conv._ConvNd) or "Conv" in type(conv).__name__:
                 up = upsampling_of(module)
-                reason = None if type(module) in UPSAMPLES else refuses_type(module)
+                reason = None if type(module) in UPSAMPLES else refuses_type(module, UPSAMPLES)
                 reason = reason or refuses_upsampling(up) or refuses_convolution(conv)
                 if reason is None and watched(module):
                     reason = f"the upsampling {watched(module)}"
