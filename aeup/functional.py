@@ -11,6 +11,7 @@ from aeup.backends import note_torch
 from aeup.ops import batch_norm as norms
 from aeup.ops.conv_shapes import Geometry, geometry, int_pair
 from aeup.ops.conv_transpose2d import CONV_TRANSPOSE2D
+from aeup.ops.eager import transforms_active
 from aeup.ops.epilogue import ACTIVATIONS, activate
 from aeup.ops.interpolate import MODES, PLANS, Map, reference, resample
 from aeup.ops.interpolate import Plan as ResamplePlan
@@ -354,7 +355,8 @@ def upsample_conv2d(
             x, w, b, scale_factor=scale_factor, mode=mode, align_corners=align_corners, padding=g.padding,
             groups=groups, activation=activation, size=size,
         )  # fmt: skip
-        return y[:, :, crop[0] :, crop[1] :].contiguous(memory_format=memory_format(x, w))
+        y = y[:, :, crop[0] :, crop[1] :]
+        return y if transforms_active() else y.contiguous(memory_format=memory_format(x, w))
     if x.dtype not in _FLOATS or not x.layout is w.layout is torch.strided:
         reason = "serves dense float64, float32, float16 or bfloat16 tensors"
         note_torch("aeup.upsample_conv2d", lambda: f"{list(x.shape)}, {x.dtype}", reason)

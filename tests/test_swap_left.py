@@ -51,6 +51,10 @@ REASONS = {
     ),
     "gelu": (nn.Sequential(nn.ConvTranspose2d(3, 3, 3), nn.GELU("tanh")), "GELU(approximate='tanh')"),
     "slope": (nn.Sequential(nn.ConvTranspose2d(3, 3, 3), nn.LeakyReLU(-0.1)), "negative_slope=-0.1"),
+    "in place": (
+        nn.Sequential(nn.ConvTranspose2d(3, 3, 3), nn.LeakyReLU(0.1), nn.Sequential(nn.ReLU(True))),
+        "what comes after LeakyReLU(negative_slope=0.1) works in place",
+    ),
     "quantised": (
         nn.Sequential(nn.Upsample(scale_factor=2), torch.ao.nn.quantized.Conv2d(3, 3, 3)),
         "quantised",

@@ -201,6 +201,23 @@ def test_a_norm_in_two_places(momentum):
     close((p.grad for p in model.parameters()), (p.grad for p in plain.parameters()))
 
 
+class Change(nn.Module):
+    def forward(self, x):
+        return x.add_(1)
+
+
+@pytest.mark.parametrize("make", [nn.BatchNorm2d, aeup.BatchNorm2d])
+def test_results_may_be_changed_in_place(make):
+    """Where torch's gradient does not need them: of an activation that does not work in place itself."""
+    for activation in ("leaky_relu", "gelu"):
+        model, x = made(make, activation)
+        plain = copy.deepcopy(model)
+        swap(model)
+        for m in (model, plain):
+            m.append(Change())
+        check_as(model, plain, x)
+
+
 def test_errors_are_torchs():
     model, x = made()
     plain = copy.deepcopy(model)

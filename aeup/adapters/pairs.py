@@ -133,24 +133,33 @@ def upsampling_of(module: nn.Module) -> Resampling:
     )
 
 
-def activation_of(module: nn.Module) -> Activation:
-    """The activation as aeup names it, or None."""
+def activation_of(module: nn.Module, after: nn.Module | None = None) -> Activation:
+    """The activation as aeup names it, or None. `after`: what takes its result, if known."""
     kind = type(module)
     name = _ACTIVATIONS.get(kind)
     if name is None:
-        if kind is nn.LeakyReLU and 0 <= module.negative_slope < float("inf"):
+        if kind is nn.LeakyReLU and 0 <= module.negative_slope < float("inf") and not _overwritten(module, after):
             name = ("leaky_relu", module.negative_slope)
         elif kind is nn.GELU and module.approximate == "none":
             name = "gelu"
     return name if name is None or watched(module) is None else None
 
 
-def refuses_activation(module: nn.Module) -> str | None:
+def _overwritten(module: nn.LeakyReLU, after: nn.Module | None) -> bool:
+    """Whether what comes after works in place. torch's gradient of an activation out of place needs its input, the
+    fused one its result; of the other activations also torch's needs the result."""
+    return not module.inplace and after is not None and bool(first_of(after).__dict__.get("inplace"))
+
+
+def refuses_activation(module: nn.Module, after: nn.Module | None = None) -> str | None:
     """Why :func:`activation_of` has none for it, or None."""
-    if activation_of(module) is not None:
+    if activation_of(module, after) is not None:
         return None
-    reason = watched(module)
-    return f"the activation {reason}" if reason else f"{module} is not one of aeup's activations"
+    if reason := watched(module):
+        return f"the activation {reason}"
+    if activation_of(module) is not None:
+        return f"what comes after {module} works in place"
+    return f"{module} is not one of aeup's activations"
 
 
 def is_sequence(module: nn.Module) -> bool:
@@ -207,7 +216,7 @@ def run_sequence(modules: list[nn.Module], input, up: Resampling | None = None):
             input, up, i = run_sequence(list(module._modules.values()), input, up), None, i + 1
             continue
         fusable = i + 1 < n and (up is not None or (kind in _WITH_ACTIVATION and _takes_activation(module, input)))
-        activation = activation_of(modules[i + 1]) if fusable else None
+        activation = activation_of(*modules[i + 1 : i + 3]) if fusable else None
         if up is not None:
             input, up = _upsample_conv(input, up, module, activation), None
         elif activation is not None:
@@ -265,6 +274,7 @@ def pairs_in(sequence: nn.Sequential) -> list[tuple[int, int, str | None]]:
     modules, found, i = list(sequence._modules.values()), [], 0
     while i + 1 < len(modules):
         module, after, size = modules[i], modules[i + 1], 2
+        activation = modules[i + 1 : i + 3]  # and what comes after it
         if isinstance(module, nn.Upsample):
             conv = first_of(after)
             if isinstance(conv, nn.modules.conv._ConvNd) or "Conv" in type(conv).__name__:
@@ -273,15 +283,15 @@ def pairs_in(sequence: nn.Sequential) -> list[tuple[int, int, str | None]]:
                 reason = reason or refuses_upsampling(up) or refuses_convolution(conv)
                 if reason is None and watched(module):
                     reason = f"the upsampling {watched(module)}"
-                if reason is None and conv is after and i + 2 < len(modules) and activation_of(modules[i + 2]):
+                if reason is None and conv is after and i + 2 < len(modules) and activation_of(*modules[i + 2 : i + 4]):
                     size = 3
                 found.append((i, size, reason))
                 i += conv is after  # it belongs to this pair
-        elif serves_alone(module) and activation_of(after) is not None:
+        elif serves_alone(module) and activation_of(*activation) is not None:
             found.append((i, 2, None))
         elif isinstance(module, nn.ConvTranspose2d) and type(after).__module__ == "torch.nn.modules.activation":
-            found.append((i, 2, refuses_transposed(module) or refuses_activation(after)))
+            found.append((i, 2, refuses_transposed(module) or refuses_activation(*activation)))
         elif isinstance(module, _NORMS) and type(after) in _SERVED:
-            found.append((i, 2, refuses_norm(module) or refuses_activation(after)))
+            found.append((i, 2, refuses_norm(module) or refuses_activation(*activation)))
         i += 1
     return found
