@@ -229,3 +229,25 @@ def test_errors_are_torchs():
             model(bad)
         assert str(ours.value) == str(theirs.value)
     close([model(x[:0])], [plain(x[:0])])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_on_a_gpu(options, layout):
+    model, x = made(activation="silu", **OPTIONS[options])
+    model, x = model.cuda(), x.cuda().contiguous(memory_format=layout)
+    plain = copy.deepcopy(model)
+    swap(model)
+    (choice,) = (c for c in aeup.explain(model, x) if c.op == "aeup.batch_norm")
+    assert choice.backend == "cuda"
+    for training in (True, True, True, False):
+        for m in (model, plain):
+            m.train(training).zero_grad()
+            m(x).cos().sum().backward()
+        with torch.no_grad():
+            pairs = [(model(x), plain(x)), *zip(state(model), state(plain), strict=True)]
+        pairs += [(p.grad, q.grad) for p, q in zip(model.parameters(), plain.parameters(), strict=True)]
+        for ours, torchs in pairs:
+            torch.testing.assert_close(ours, torchs, rtol=1e-8, atol=1e-8)
