@@ -392,8 +392,8 @@ def swap(model: nn.Module, *, fuse: bool = True, dry_run: bool = False, benchmar
     Pairs are looked at again whenever they run: what has got a hook, another class or another neighbour since runs
     module by module. Not fused: a convolution with a stride, a dilation or a padding mode other than zeros, modules
     with hooks, subclasses, ``nn.SyncBatchNorm``, parametrised, lazy and quantised modules, containers with a forward of
-    their own. The gradient of a fused (transposed) convolution with ``nn.LeakyReLU`` needs the result: code that changes
-    it in place gets autograd's error, where torch's activation out of place allows it.
+    their own. The gradient of a fused (transposed) convolution with ``nn.LeakyReLU`` needs the result: code that
+    changes it in place gets autograd's error, where torch's activation out of place allows it.
 
     A module is changed by its class alone, to a subclass of it, so that ``isinstance``, deepcopy, pickling, DDP, EMA,
     ``torch.compile``, ``torch.export`` and ``.to(...)`` go on. TorchScript does not know aeup: unswap first.
