@@ -199,10 +199,13 @@ def note(op: Op, device: torch.device, args: tuple, call: str) -> None:
         record.append((op, device, args, call))
 
 
-def note_torch(name: str, call: str, reason: str) -> None:
-    """Remembers a call outside the kernels' domain, which torch serves."""
+def note_torch(name: str, call: str | Callable[[], str], reason: str) -> None:
+    """Remembers a call outside the kernels' domain, which torch serves. `call`: its description, or what makes it."""
+    if torch.compiler.is_compiling():
+        return
     record = _record.get()
     if record is not None:
+        call = call if isinstance(call, str) else call()
         record.append(Choice(name, call, "torch", "", {n: reason for n in NAMES if n != "torch"}))
 
 
@@ -234,13 +237,25 @@ def _explained(op: Op, device: torch.device, args: tuple, call: str) -> Choice:
 def calls(fn: Callable, *args, **kwargs) -> list:
     """The calls of aeup's ops that ``fn(*args, **kwargs)`` would make, forward and backward, in turn: (op, device,
     arguments, text), the arguments' tensors fake; or a :class:`Choice`, where torch serves. Nothing is computed."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+    from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_map_only
+
+    class Unwritten(TorchDispatchMode):
+        """The fake mode runs sums of a real tensor and a number: in place they would count a batch norm's batches."""
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func._schema.is_mutable:
+                args, kwargs = tree_map_only(torch.Tensor, fake, (args, kwargs))
+            return func(*args, **kwargs or {})
+
+    def fake(t: torch.Tensor) -> torch.Tensor:
+        return t if isinstance(t, FakeTensor) else mode.from_tensor(t)
 
     token = _record.set([])
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
-            args, kwargs = tree_map_only(torch.Tensor, mode.from_tensor, (args, kwargs))
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad(), Unwritten():
+            args, kwargs = tree_map_only(torch.Tensor, fake, (args, kwargs))
             fn(*args, **kwargs)
         return _record.get()
     finally:

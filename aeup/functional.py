@@ -11,6 +11,7 @@ from aeup.backends import note_torch
 from aeup.ops import batch_norm as norms
 from aeup.ops.conv_shapes import Geometry, geometry, int_pair
 from aeup.ops.conv_transpose2d import CONV_TRANSPOSE2D
+from aeup.ops.eager import transforms_active
 from aeup.ops.epilogue import ACTIVATIONS, activate
 from aeup.ops.interpolate import MODES, PLANS, Map, reference, resample
 from aeup.ops.interpolate import Plan as ResamplePlan
@@ -73,7 +74,8 @@ def interpolate(
     if plan is not None:
         return plan.run(input)
     if mode not in MODES or input.dim() != 4:
-        note_torch("aeup.interpolate", f"{list(input.shape)}, {mode}", f"serves 4-D input in modes {', '.join(MODES)}")
+        reason = f"serves 4-D input in modes {', '.join(MODES)}"
+        note_torch("aeup.interpolate", lambda: f"{list(input.shape)}, {mode}", reason)
         return F.interpolate(input, size, scale_factor, mode, align_corners, recompute_scale_factor, antialias)
     shape = input.shape
     if shape[1] == 0:
@@ -274,7 +276,7 @@ def _conv_by_torch(input, weight, bias, options: tuple, activation: str | None, 
     named = dict(zip(("stride", "padding", "output_padding", "dilation", "groups"), options, strict=True))
     y = F.conv_transpose2d(input, weight, bias, **named)
     reason = "serves dense float64, float32, float16 or bfloat16 tensors of one dtype and device, with output pixels"
-    note_torch("aeup.conv_transpose2d", f"{list(input.shape)}, {input.dtype}", reason)
+    note_torch("aeup.conv_transpose2d", lambda: f"{list(input.shape)}, {input.dtype}", reason)
     return activate(y, activation, slope)
 
 
@@ -353,10 +355,11 @@ def upsample_conv2d(
             x, w, b, scale_factor=scale_factor, mode=mode, align_corners=align_corners, padding=g.padding,
             groups=groups, activation=activation, size=size,
         )  # fmt: skip
-        return y[:, :, crop[0] :, crop[1] :].contiguous(memory_format=memory_format(x, w))
+        y = y[:, :, crop[0] :, crop[1] :]
+        return y if transforms_active() else y.contiguous(memory_format=memory_format(x, w))
     if x.dtype not in _FLOATS or not x.layout is w.layout is torch.strided:
         reason = "serves dense float64, float32, float16 or bfloat16 tensors"
-        note_torch("aeup.upsample_conv2d", f"{list(x.shape)}, {x.dtype}", reason)
+        note_torch("aeup.upsample_conv2d", lambda: f"{list(x.shape)}, {x.dtype}", reason)
         return activate(F.conv2d(reference(x, g.m, False), w, b, 1, g.padding, 1, groups), name, slope)
     return UPSAMPLE_CONV2D(key, x, w, b, g, name, slope)
 

@@ -110,23 +110,28 @@ class Conv2d(_WithActivation, nn.Conv2d):
         return self.activated(input, self.activation)
 
     def activated(self, input: Tensor, activation: Activation) -> Tensor:
-        reason = self._refuses(input)
-        if reason is None:
-            return upsample_conv2d(
-                input, self.weight, self.bias, scale_factor=1, padding=self.padding, groups=self.groups,
-                activation=activation,
-            )  # fmt: skip
-        note_torch("aeup.upsample_conv2d", f"{list(input.shape)}, {nn.Conv2d.extra_repr(self)}", reason)
-        y = super().forward(input)
+        """``activation(self(input))``, whatever this module's own is."""
+        weight = self.weight  # once: a parametrisation computes it whenever it is read
+        if isinstance(input, Tensor):  # else a tracer's proxy, or torch raises
+            reason = self._refuses(input, weight)
+            if reason is None:
+                return upsample_conv2d(
+                    input, weight, self.bias, scale_factor=1, padding=self.padding, groups=self.groups,
+                    activation=activation,
+                )  # fmt: skip
+            note_torch("aeup.upsample_conv2d", lambda: f"{list(input.shape)}, {nn.Conv2d.extra_repr(self)}", reason)
+        y = self._conv_forward(input, weight, self.bias)
         return activate(y, *parse_activation(activation)) if activation else y
 
-    def _refuses(self, input: Tensor) -> str | None:
+    def _refuses(self, input: Tensor, weight: Tensor) -> str | None:
         if not input.is_cuda:
             return f"serves convolutions alone on a GPU, the tensor is on {input.device}"
-        if input.dim() != 4 or input.dtype is not self.weight.dtype and not torch.is_autocast_enabled("cuda"):
-            return "serves 4-D input of the weight's dtype"
+        alike = input.dtype is weight.dtype or torch.is_autocast_enabled("cuda")
+        if input.dim() != 4 or input.layout is not torch.strided or not alike or not weight.is_floating_point():
+            return "serves dense 4-D input of the weight's floating-point dtype"
         plain = self.stride == self.dilation == (1, 1) and self.padding_mode == "zeros"
-        return None if plain else "serves stride 1, dilation 1 and padding_mode 'zeros'"
+        good = plain and (type(self.padding) is not tuple or len(self.padding) == 2)
+        return None if good else "serves stride 1, dilation 1 and padding_mode 'zeros'"
 
 
 class UpsampleConv2d(nn.Module):
@@ -191,7 +196,7 @@ class UpsampleConv2d(nn.Module):
 
     def _padded(self, input: Tensor) -> Tensor:
         reason = f"pads the upsampled map with zeros; padding_mode is {self.conv.padding_mode!r}"
-        note_torch("aeup.upsample_conv2d", f"{list(input.shape)}, {self.extra_repr()}", reason)
+        note_torch("aeup.upsample_conv2d", lambda: f"{list(input.shape)}, {self.extra_repr()}", reason)
         u = interpolate(input, self.size, self.scale_factor, self.mode, self.align_corners)
         y = self.conv._conv_forward(u, self.conv.weight, self.conv.bias)
         return activate(y, *parse_activation(self.activation)) if self.activation else y
@@ -222,22 +227,30 @@ class BatchNorm2d(_WithActivation, nn.BatchNorm2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        self._check_input_dim(input)
-        tracks = self.training and self.track_running_stats
-        unused = self.training and not self.track_running_stats
-        running = statistics = (None, None) if unused else (self.running_mean, self.running_var)
-        momentum, average = self.momentum, self.momentum is None and tracks
-        if average:  # over all batches: of this one alone first
-            statistics, momentum = tuple(map(torch.zeros_like, running)), 1.0
-        y = counted_batch_norm(
-            input, *statistics, self.weight, self.bias, self.training or running == (None, None),
-            0.0 if momentum is None else momentum, self.eps, activation=self.activation,
-            counter=self.num_batches_tracked if tracks else None,
-        )  # fmt: skip
-        if average:
+        return normalised(self, input, self.activation)
+
+
+def normalised(norm: nn.BatchNorm2d, input: Tensor, activation: Activation) -> Tensor:
+    """``activation(norm(input))`` of torch's module, or of aeup's without its own activation, as one op."""
+    norm._check_input_dim(input)
+    training, tracks = norm.training, norm.training and norm.track_running_stats
+    running = (norm.running_mean, norm.running_var) if tracks or not training else (None, None)
+    counter = norm.num_batches_tracked if tracks else None
+    unknown = running[0] is None and running[1] is None
+    statistics, momentum = running, 0.0 if norm.momentum is None else norm.momentum
+    average = norm.momentum is None and counter is not None and not unknown
+    if average:  # over all batches: of this one alone first
+        statistics, momentum = tuple(map(torch.zeros_like, running)), 1.0
+    y = counted_batch_norm(
+        input, *statistics, norm.weight, norm.bias, training or unknown, momentum, norm.eps, activation=activation,
+        counter=counter,
+    )  # fmt: skip
+    if average:
+        # As unseen by autograd as torch's own update: the norm may be in the graph more than once.
+        with torch.autograd._unsafe_preserve_version_counter(running):
             for mean, of_batch in zip(running, statistics, strict=True):
-                mean.lerp_(of_batch, (1 / self.num_batches_tracked).to(mean.dtype))
-        return y
+                mean.lerp_(of_batch, counter.to(mean.dtype).reciprocal())
+    return y
 
 
 def to_conv_transpose(upsample_conv: UpsampleConv2d) -> ConvTranspose2d:

@@ -66,6 +66,8 @@ class SwapReport:
                 "Fused modules are not called themselves: a hook added later makes them run one by one again; code "
                 "that calls or slices out one of them gets it as it is, unfused."
             )
+        if any(r.now.startswith(("aeup.Conv2d", "aeup.BatchNorm2d")) for r in self.rows):
+            notes.append("aeup.Conv2d and aeup.BatchNorm2d have kernels for GPUs; a CPU's tensors go to torch.")
         if any(r.was.startswith("forward of") and r.status == "replaced" for r in self.rows):
             notes.append(
                 "Rewritten forwards are those of their classes now: a class that is patched later is not seen."
@@ -88,7 +90,7 @@ class SwapReport:
         text.append(
             f"{len(self.replaced)} {done}replaced, {len(self.fused)} {done}fused, {len(self.left)} left"
             if self.rows
-            else "nothing here upsamples in a way that aeup knows"
+            else "nothing here is what aeup serves"
         )
         text += self.notes
         if self.benchmark is not None:
@@ -121,7 +123,7 @@ class _Plan:
         elif isinstance(module, (nn.Upsample, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
             self.single(path, module)
         elif "ConvTranspose" in cls.__name__ and "quantized" in cls.__module__:
-            self.left(path, cls.__name__, pairs.refuses_type(module))
+            self.left(path, cls.__name__, pairs.refuses_type(module, pairs.TRANSPOSED))
         elif pairs.is_sequence(module):
             if self.fuse:
                 self.sequence(path, module)
@@ -135,7 +137,7 @@ class _Plan:
         if isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose3d)):
             return self.left(path, cls.__name__, "is 1-D or 3-D: aeup upsamples images")
         if cls not in _CLASSES:
-            return self.left(path, cls.__name__, pairs.refuses_type(module))
+            return self.left(path, cls.__name__, pairs.refuses_type(module, tuple(_CLASSES)))
         if "forward" in module.__dict__:
             return self.left(path, cls.__name__, "has a forward of its own, set on the instance")
         if isinstance(module, nn.ConvTranspose2d) and not pairs.has_plain_weight(module):
@@ -211,7 +213,7 @@ class _Plan:
             self.left(path, f"forward of {cls.__name__}", f"{error}; see aeup.intercept")
             return
         counts = {name: found.calls.count(name) for name in found.calls}
-        now = ", ".join(f"aeup for {name}" + (f" ({n} times)" if n > 1 else "") for name, n in counts.items())
+        now = ", ".join(f"aeup for {name}" + (f" ({n} calls)" if n > 1 else "") for name, n in counts.items())
         self.rows.append(SwapRow(path, f"forward of {cls.__name__}", "replaced", now))
         if not (self.fuse and self.adapter(path, module)):
             self.changes.append((module, derived))
@@ -382,13 +384,16 @@ def swap(model: nn.Module, *, fuse: bool = True, dry_run: bool = False, benchmar
       from its source. Where the source is not what runs, or is not there, the module is left; :func:`aeup.intercept`
       may serve it.
     - with `fuse`, pairs that become one operation: in an ``nn.Sequential``, upsampling and the convolution after it
-      (and its activation), and a convolution or a transposed one and its activation; in a rewritten forward, an
-      interpolate whose result goes to one module only, as its code proves; and by adapters diffusers' ``Upsample2D``
+      (and its activation), a convolution or a transposed one and its activation, and an ``nn.BatchNorm2d`` and its
+      activation (:func:`aeup.batch_norm`; the norm keeps its class and its running statistics); in a rewritten forward,
+      an interpolate whose result goes to one module only, as its code proves; and by adapters diffusers' ``Upsample2D``
       (AutoencoderKL and the U-Nets) and the decoder blocks of segmentation_models_pytorch.
 
     Pairs are looked at again whenever they run: what has got a hook, another class or another neighbour since runs
     module by module. Not fused: a convolution with a stride, a dilation or a padding mode other than zeros, modules
-    with hooks, subclasses, parametrised, lazy and quantised modules, containers with a forward of their own.
+    with hooks, subclasses, ``nn.SyncBatchNorm``, parametrised, lazy and quantised modules, containers with a forward of
+    their own. The gradient of a fused (transposed) convolution with ``nn.LeakyReLU`` needs the result: code that
+    changes it in place gets autograd's error, where torch's activation out of place allows it.
 
     A module is changed by its class alone, to a subclass of it, so that ``isinstance``, deepcopy, pickling, DDP, EMA,
     ``torch.compile``, ``torch.export`` and ``.to(...)`` go on. TorchScript does not know aeup: unswap first.

@@ -139,6 +139,18 @@ def test_the_gradient_at_an_unchanged_size_is_that_of_the_scale():
     assert not torch.equal(ours, grad)  # which is what torch gives
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mode", ["nearest", "nearest-exact"])
+def test_sums_of_few_rows_and_many_columns(mode, dtype):
+    """The gradient of nearest in channels-last, whole numbers: blocks of every shape up to 9 pixels, and beyond."""
+    for sh, sw in ((h, w) for h in range(1, 12) for w in range(1, 12) if h * w < 13):
+        x = torch.zeros(2, 35, 3, 2, dtype=dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+        y = aeup.interpolate(x, scale_factor=(sh, sw), mode=mode)
+        grad = torch.randint(-3, 4, y.shape).to(dtype).contiguous(memory_format=torch.channels_last)
+        (got,) = torch.autograd.grad(y, x, grad)
+        assert torch.equal(got, grad.unflatten(3, (2, sw)).unflatten(2, (3, sh)).sum((3, 5))), (sh, sw)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_strides_and_offsets(mode):
     base = torch.randn(3, 8, 12, 20)

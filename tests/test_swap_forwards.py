@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from swap_helpers import close
 from torch import nn
 
-from aeup import intercept, swap
+from aeup import explain, intercept, swap
 from aeup.adapters import derive, rewrite
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -169,11 +169,66 @@ def test_only_what_the_code_proves_is_joined(name):
     close([model(x)], [before])
 
 
+class Branching(nn.Module):
+    """As in latent diffusion's and VQGAN's decoders."""
+
+    def __init__(self, with_conv):
+        super().__init__()
+        self.with_conv, self.conv, self.act = with_conv, nn.Conv2d(3, 3, 3, padding=1), nn.SiLU()
+
+    def forward(self, x):
+        x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        if self.with_conv:
+            x = self.conv(x)
+        return x
+
+    def other(self, x):
+        y = torch.nn.functional.interpolate(x, scale_factor=2)
+        if self.with_conv:
+            return y
+        else:
+            y = self.act(self.conv(y))
+        return y + 1
+
+    def reads(self, x):
+        x = F.interpolate(x, scale_factor=2)
+        if x.mean() > self.with_conv:
+            x = self.conv(x)
+        return x
+
+    def calls(self, x):
+        x = F.interpolate(x, scale_factor=2)
+        if self.act(x.sum()):
+            x = self.conv(x)
+        return x
+
+    def twice(self, x):
+        x = F.interpolate(x, scale_factor=2)
+        if self.with_conv:
+            x = self.conv(x) + x
+        return x
+
+
+@pytest.mark.parametrize("with_conv", [True, False])
+@pytest.mark.parametrize("name", ["forward", "other", "reads", "calls", "twice"])
+def test_a_branch_after_an_interpolate(name, with_conv):
+    cls = type("Branching", (Branching,), {"forward": getattr(Branching, name)})
+    model, x = cls(with_conv).double(), torch.randn(1, 3, 4, 5, dtype=torch.float64)
+    before = model(x)
+    report = swap(model)
+    assert report.replaced[0].now.startswith("aeup for ") and "calls" not in report.replaced[0].now
+    assert [r.path for r in report.fused] == (["conv"] if name in ("forward", "other") else [])
+    close([model(x)], [before])
+    if name in ("forward", "other"):
+        ops = [c.op for c in explain(model, x) if "gradient" not in c.call]
+        assert ops == ["aeup.upsample_conv2d" if with_conv == (name == "forward") else "aeup.interpolate"]
+
+
 def test_what_takes_no_lower_resolution():
     model, x = Others().double(), torch.randn(2, 3, 4, 5, dtype=torch.float64)
     plain = copy.deepcopy(model)
     report = swap(model)
-    assert [(r.status, r.now) for r in report.rows] == [("replaced", "aeup for F.interpolate (4 times)")]
+    assert [(r.status, r.now) for r in report.rows] == [("replaced", "aeup for F.interpolate (4 calls)")]
     close([model(x)], [plain(x)])
 
 

@@ -51,12 +51,19 @@ REASONS = {
     ),
     "gelu": (nn.Sequential(nn.ConvTranspose2d(3, 3, 3), nn.GELU("tanh")), "GELU(approximate='tanh')"),
     "slope": (nn.Sequential(nn.ConvTranspose2d(3, 3, 3), nn.LeakyReLU(-0.1)), "negative_slope=-0.1"),
+    "in place": (
+        nn.Sequential(nn.ConvTranspose2d(3, 3, 3), nn.LeakyReLU(0.1), nn.Sequential(nn.ReLU(True))),
+        "what comes after LeakyReLU(negative_slope=0.1) works in place",
+    ),
     "quantised": (
         nn.Sequential(nn.Upsample(scale_factor=2), torch.ao.nn.quantized.Conv2d(3, 3, 3)),
         "quantised",
     ),
     "quantised transposed": (torch.ao.nn.quantized.ConvTranspose2d(3, 3, 3), "quantised"),
-    "transposed": (nn.Sequential(nn.Upsample(scale_factor=2), nn.ConvTranspose2d(3, 3, 3)), "ConvTranspose2d"),
+    "transposed": (
+        nn.Sequential(nn.Upsample(scale_factor=2), nn.ConvTranspose2d(3, 3, 3)),
+        "ConvTranspose2d is no Conv2d",
+    ),
     "weight": (changed(nn.ConvTranspose2d(3, 3, 3), weight=PLAIN), "its weight is a Plain"),
     "weight of a pair": (
         nn.Sequential(nn.Upsample(scale_factor=2), changed(nn.Conv2d(3, 3, 3), weight=PLAIN)),

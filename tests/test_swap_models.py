@@ -134,27 +134,27 @@ class Heads(nn.Module):
 # name: (model, input shape, (replaced, fused) by a swap)
 MODELS = {
     "sequential": (sequential, (2, 4, 5, 3), (3, 3)),
-    "pose": (PoseHead, (2, 12, 5, 3), (3, 0)),
+    "pose": (PoseHead, (2, 12, 5, 3), (3, 3)),
     "unet": (Unet, (2, 3, 10, 6), (2, 1)),
     "AutoencoderKL": (vae, (2, 4, 5, 7), (11, 2)),
     "AutoencoderTiny": (tiny, (2, 4, 5, 7), (2, 2)),
     "AutoencoderDC": (dc, (2, 4, 5, 7), (2, 1)),
-    "smp.Unet": (smp("Unet", decoder_channels=(8, 6, 4)), (2, 3, 32, 24), (3, 3)),
-    "smp.UnetPlusPlus": (smp("UnetPlusPlus", decoder_channels=(8, 6, 4)), (2, 3, 32, 24), (4, 4)),
-    "smp.MAnet": (smp("MAnet", decoder_channels=(8, 6, 4), decoder_pab_channels=4), (2, 3, 32, 24), (5, 1)),
-    "smp.Linknet": (smp("Linknet"), (2, 3, 32, 24), (3, 0)),
+    "smp.Unet": (smp("Unet", decoder_channels=(8, 6, 4)), (2, 3, 32, 24), (3, 9)),
+    "smp.UnetPlusPlus": (smp("UnetPlusPlus", decoder_channels=(8, 6, 4)), (2, 3, 32, 24), (4, 12)),
+    "smp.MAnet": (smp("MAnet", decoder_channels=(8, 6, 4), decoder_pab_channels=4), (2, 3, 32, 24), (5, 11)),
+    "smp.Linknet": (smp("Linknet"), (2, 3, 32, 24), (3, 9)),
     "smp.FPN": (
         smp("FPN", encoder_depth=5, decoder_pyramid_channels=8, decoder_segmentation_channels=32),
         (2, 3, 64, 32),
         (11, 2),
     ),
-    "smp.PSPNet": (smp("PSPNet", psp_out_channels=16), (2, 3, 32, 24), (5, 0)),
+    "smp.PSPNet": (smp("PSPNet", psp_out_channels=16), (2, 3, 32, 24), (5, 4)),
     "smp.DeepLabV3Plus": (
-        smp("DeepLabV3Plus", encoder_depth=5, decoder_channels=8), (2, 3, 32, 64), (3, 0)
+        smp("DeepLabV3Plus", encoder_depth=5, decoder_channels=8), (2, 3, 32, 64), (3, 8)
     ),
-    "torchvision.deeplab": (torchvision_model("deeplab"), (2, 3, 33, 26), (2, 0)),
-    "torchvision.fcn": (torchvision_model("fcn"), (2, 3, 33, 26), (1, 0)),
-    "torchvision.lraspp": (torchvision_model("lraspp"), (2, 3, 33, 26), (2, 0)),
+    "torchvision.deeplab": (torchvision_model("deeplab"), (2, 3, 33, 26), (2, 6)),
+    "torchvision.fcn": (torchvision_model("fcn"), (2, 3, 33, 26), (1, 2)),
+    "torchvision.lraspp": (torchvision_model("lraspp"), (2, 3, 33, 26), (2, 1)),
     "torchvision.fpn": (Pyramid, (2, 3, 16, 12), (1, 0)),
     "torchvision.heads": (Heads, (2, 6, 7, 5), (3, 1)),
 }  # fmt: skip

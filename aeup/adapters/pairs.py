@@ -1,6 +1,6 @@
-"""What may run as one operation, and why not: upsampling and the convolution after it, a transposed convolution and the
-activation after it. Everything is looked at when it runs, so modules that are hooked, replaced or sliced later stay
-right: they then run one by one."""
+"""What may run as one operation, and why not: upsampling and the convolution after it; a convolution, a transposed one
+or a batch norm and the activation after it. Everything is looked at when it runs, so modules that are hooked, replaced
+or sliced later stay right: they then run one by one."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,6 +15,7 @@ from aeup.ops.interpolate import MODES
 
 TRANSPOSED = (nn.ConvTranspose2d, aeup_nn.ConvTranspose2d)
 CONVOLUTIONS = (nn.Conv2d, aeup_nn.Conv2d)
+NORMS = (nn.BatchNorm2d, aeup_nn.BatchNorm2d)
 UPSAMPLES = (
     nn.Upsample,
     nn.UpsamplingNearest2d,
@@ -23,9 +24,10 @@ UPSAMPLES = (
     aeup_nn.UpsamplingNearest2d,
     aeup_nn.UpsamplingBilinear2d,
 )
-_WITH_ACTIVATION = (*TRANSPOSED, aeup_nn.Conv2d)  # run as one operation with it
-_STARTS = frozenset((*_WITH_ACTIVATION, *UPSAMPLES))  # of a pair
 _ACTIVATIONS = {nn.ReLU: "relu", nn.SiLU: "silu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
+_PLAIN_WEIGHTS = (nn.Parameter, Tensor, type(None))
+_NORMS = (nn.BatchNorm2d, nn.LazyBatchNorm2d, nn.SyncBatchNorm)  # and their subclasses: served, or named
+_SERVED = (*_ACTIVATIONS, nn.LeakyReLU, nn.GELU)  # perhaps: by their arguments
 
 
 class Resampling(NamedTuple):
@@ -48,7 +50,7 @@ def watched(module: nn.Module) -> str | None:
     return "is compiled by itself" if module._compiled_call_impl is not None else None
 
 
-def _kind(module: nn.Module) -> str:
+def _kind(module: nn.Module, kinds: tuple[type, ...]) -> str:
     name = type(module).__name__
     if "_Parametrized" in name or "parametrizations" in module._modules:
         return "is parametrised"
@@ -56,17 +58,18 @@ def _kind(module: nn.Module) -> str:
         return "is quantised"
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return "is lazy: run the model once, then swap"
-    return "is a subclass: exact types only"
+    return "is a subclass: exact types only" if isinstance(module, kinds) else f"is no {kinds[0].__name__}"
 
 
 def has_plain_weight(module: nn.Module) -> bool:
-    """Whether its weight is a tensor, or stands for one while torch traces: no DTensor, no quantised subclass."""
+    """Whether its weight, if any, is a tensor or stands for one while torch traces: no DTensor, nothing quantised."""
     kind = type(module.weight)
-    return kind is nn.Parameter or kind is Tensor or kind.__module__.startswith("torch._subclasses.")
+    return kind in _PLAIN_WEIGHTS or kind.__module__.startswith("torch._subclasses.")
 
 
-def refuses_type(module: nn.Module) -> str:
-    return f"{type(module).__name__} {_kind(module)}"
+def refuses_type(module: nn.Module, kinds: tuple[type, ...]) -> str:
+    """Why a module is not served that has none of these types."""
+    return f"{type(module).__name__} {_kind(module, kinds)}"
 
 
 def refuses_upsampling(up: Resampling) -> str | None:
@@ -91,20 +94,37 @@ def serves_alone(module: nn.Module) -> bool:
 
 def refuses_convolution(conv: nn.Module) -> str | None:
     """Why the convolution cannot take its input at the lower resolution, or None."""
-    if type(conv) not in CONVOLUTIONS:
-        return refuses_type(conv)
-    if getattr(conv, "activation", None) is not None:
-        return "the convolution has an activation already"
+    what = "the convolution"
+    if reason := _refuses(conv, CONVOLUTIONS, what):
+        return reason
     if conv.stride != (1, 1):
-        return f"the convolution has stride {conv.stride}"
+        return f"{what} has stride {conv.stride}"
     if conv.dilation != (1, 1):
-        return f"the convolution has dilation {conv.dilation}"
-    if conv.padding_mode != "zeros":
-        return f"the convolution has padding_mode {conv.padding_mode!r}"
-    if not has_plain_weight(conv):
-        return f"the convolution's weight is a {type(conv.weight).__name__}"
-    reason = watched(conv)
-    return reason and f"the convolution {reason}"
+        return f"{what} has dilation {conv.dilation}"
+    return None if conv.padding_mode == "zeros" else f"{what} has padding_mode {conv.padding_mode!r}"
+
+
+def refuses_transposed(conv: nn.Module) -> str | None:
+    """Why a transposed convolution cannot be one operation with the activation after it, or None."""
+    return _refuses(conv, TRANSPOSED, "the convolution")
+
+
+def refuses_norm(norm: nn.Module) -> str | None:
+    """Why a batch norm cannot be one operation with the activation after it, or None."""
+    if type(norm) is nn.SyncBatchNorm:
+        return "SyncBatchNorm normalises with the statistics of all processes"
+    return _refuses(norm, NORMS, "the norm")
+
+
+def _refuses(module: nn.Module, kinds: tuple[type, ...], what: str) -> str | None:
+    if type(module) not in kinds:
+        return refuses_type(module, kinds)
+    if module.__dict__.get("activation") is not None:
+        return f"{what} has an activation already"
+    if not has_plain_weight(module):
+        return f"{what}'s weight is a {type(module.weight).__name__}"
+    reason = watched(module)
+    return reason and f"{what} {reason}"
 
 
 def upsampling_of(module: nn.Module) -> Resampling:
@@ -113,22 +133,33 @@ def upsampling_of(module: nn.Module) -> Resampling:
     )
 
 
-def activation_of(module: nn.Module) -> Activation:
-    """The activation as aeup names it, or None."""
+def activation_of(module: nn.Module, after: nn.Module | None = None) -> Activation:
+    """The activation as aeup names it, or None. `after`: what takes its result, if known."""
     kind = type(module)
     name = _ACTIVATIONS.get(kind)
     if name is None:
-        if kind is nn.LeakyReLU and 0 <= module.negative_slope < float("inf"):
+        if kind is nn.LeakyReLU and 0 <= module.negative_slope < float("inf") and not _overwritten(module, after):
             name = ("leaky_relu", module.negative_slope)
         elif kind is nn.GELU and module.approximate == "none":
             name = "gelu"
     return name if name is None or watched(module) is None else None
 
 
-def refuses_activation(module: nn.Module) -> str:
-    """Why :func:`activation_of` has none for it."""
-    reason = watched(module)
-    return f"the activation {reason}" if reason else f"{module} is not one of aeup's activations"
+def _overwritten(module: nn.LeakyReLU, after: nn.Module | None) -> bool:
+    """Whether what comes after works in place. torch's gradient of an activation out of place needs its input, the
+    fused one its result; of the other activations also torch's needs the result."""
+    return not module.inplace and after is not None and bool(first_of(after).__dict__.get("inplace"))
+
+
+def refuses_activation(module: nn.Module, after: nn.Module | None = None) -> str | None:
+    """Why :func:`activation_of` has none for it, or None."""
+    if activation_of(module, after) is not None:
+        return None
+    if reason := watched(module):
+        return f"the activation {reason}"
+    if activation_of(module) is not None:
+        return f"what comes after {module} works in place"
+    return f"{module} is not one of aeup's activations"
 
 
 def is_sequence(module: nn.Module) -> bool:
@@ -150,6 +181,22 @@ def _upsample_conv(input: Tensor, up: Resampling, conv: nn.Conv2d, activation: A
     )  # fmt: skip
 
 
+def _conv_transpose(module: nn.ConvTranspose2d, input: Tensor, activation: Activation) -> Tensor:
+    return conv_transpose2d(
+        input, module.weight, module.bias, module.stride, module.padding, module.output_padding, module.groups,
+        module.dilation, activation=activation,
+    )  # fmt: skip
+
+
+# What runs as one operation with the activation after it: (module, input, activation).
+_WITH_ACTIVATION = {
+    **dict.fromkeys(TRANSPOSED, _conv_transpose),
+    aeup_nn.Conv2d: aeup_nn.Conv2d.activated,
+    **dict.fromkeys(NORMS, aeup_nn.normalised),
+}
+_STARTS = frozenset((*_WITH_ACTIVATION, *UPSAMPLES))  # of a pair
+
+
 def run_sequence(modules: list[nn.Module], input, up: Resampling | None = None):
     """`modules` after one another, the first on `input` resampled by `up`, pairs fused. Where `up` is given, the first
     module (or the first in it) is one that :func:`refuses_convolution` has nothing against."""
@@ -168,25 +215,25 @@ def run_sequence(modules: list[nn.Module], input, up: Resampling | None = None):
         if up is not None and kind not in CONVOLUTIONS:
             input, up, i = run_sequence(list(module._modules.values()), input, up), None, i + 1
             continue
-        fusable = up is not None or (kind in _WITH_ACTIVATION and i + 1 < n and _takes_activation(module))
-        activation = activation_of(modules[i + 1]) if fusable and i + 1 < n else None
+        fusable = i + 1 < n and (up is not None or (kind in _WITH_ACTIVATION and _takes_activation(module, input)))
+        activation = activation_of(*modules[i + 1 : i + 3]) if fusable else None
         if up is not None:
             input, up = _upsample_conv(input, up, module, activation), None
-        elif activation is not None and kind is aeup_nn.Conv2d:
-            input = module.activated(input, activation)
         elif activation is not None:
-            input = conv_transpose2d(
-                input, module.weight, module.bias, module.stride, module.padding, module.output_padding, module.groups,
-                module.dilation, activation=activation,
-            )  # fmt: skip
+            input = _WITH_ACTIVATION[kind](module, input, activation)
         else:
             input = module(input)
         i += 1 if activation is None else 2
     return input
 
 
-def _takes_activation(module: nn.Module) -> bool:
-    return watched(module) is None and getattr(module, "activation", None) is None
+def _takes_activation(module: nn.Module, input) -> bool:
+    return (
+        isinstance(input, Tensor)
+        and watched(module) is None
+        and module.__dict__.get("activation") is None
+        and has_plain_weight(module)
+    )
 
 
 def _fuses(up: Resampling, module: nn.Module, input) -> bool:
@@ -227,28 +274,24 @@ def pairs_in(sequence: nn.Sequential) -> list[tuple[int, int, str | None]]:
     modules, found, i = list(sequence._modules.values()), [], 0
     while i + 1 < len(modules):
         module, after, size = modules[i], modules[i + 1], 2
+        activation = modules[i + 1 : i + 3]  # and what comes after it
         if isinstance(module, nn.Upsample):
             conv = first_of(after)
             if isinstance(conv, nn.modules.conv._ConvNd) or "Conv" in type(conv).__name__:
                 up = upsampling_of(module)
-                reason = None if type(module) in UPSAMPLES else refuses_type(module)
+                reason = None if type(module) in UPSAMPLES else refuses_type(module, UPSAMPLES)
                 reason = reason or refuses_upsampling(up) or refuses_convolution(conv)
                 if reason is None and watched(module):
                     reason = f"the upsampling {watched(module)}"
-                if reason is None and conv is after and i + 2 < len(modules) and activation_of(modules[i + 2]):
+                if reason is None and conv is after and i + 2 < len(modules) and activation_of(*modules[i + 2 : i + 4]):
                     size = 3
                 found.append((i, size, reason))
                 i += conv is after  # it belongs to this pair
-        elif serves_alone(module) and activation_of(after) is not None:
+        elif serves_alone(module) and activation_of(*activation) is not None:
             found.append((i, 2, None))
         elif isinstance(module, nn.ConvTranspose2d) and type(after).__module__ == "torch.nn.modules.activation":
-            reason = None if type(module) in TRANSPOSED else refuses_type(module)
-            if reason is None and watched(module):
-                reason = f"the convolution {watched(module)}"
-            if reason is None and getattr(module, "activation", None) is not None:
-                reason = "the convolution has an activation already"
-            if reason is None and activation_of(after) is None:
-                reason = refuses_activation(after)
-            found.append((i, 2, reason))
+            found.append((i, 2, refuses_transposed(module) or refuses_activation(*activation)))
+        elif isinstance(module, _NORMS) and type(after) in _SERVED:
+            found.append((i, 2, refuses_norm(module) or refuses_activation(*activation)))
         i += 1
     return found

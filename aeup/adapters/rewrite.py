@@ -92,7 +92,7 @@ def rewrite(forward: Callable, fuse: bool) -> Rewritten:
     new = types.FunctionType(made, forward.__globals__, forward.__name__, forward.__defaults__, closure)
     new.__kwdefaults__, new.__annotations__ = forward.__kwdefaults__, forward.__annotations__
     new.__doc__, new.__qualname__, new.__module__ = forward.__doc__, forward.__qualname__, forward.__module__
-    return Rewritten(new, tuple(rewriter.calls), tuple(rewriter.pairs))
+    return Rewritten(new, tuple(rewriter.calls.values()), tuple(rewriter.pairs))
 
 
 def _codes(code: types.CodeType):
@@ -129,7 +129,7 @@ class _Rewriter(ast.NodeTransformer):
     def __init__(self, forward: types.FunctionType, definition: ast.FunctionDef, fuse: bool) -> None:
         self.code, self.globals, self.fuse = forward.__code__, forward.__globals__, fuse
         self.me = self.code.co_varnames[0] if self.code.co_argcount else None
-        self.calls, self.pairs = [], []
+        self.calls, self.pairs = {}, []  # calls by their place: one that moves into two branches is one
         nodes = list(ast.walk(definition))
         # Bound somewhere within, so perhaps no global: stored names, arguments, imports, inner functions.
         self.bound = {n.id for n in nodes if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
@@ -155,6 +155,9 @@ class _Rewriter(ast.NodeTransformer):
         found = self.resolve(node.func) if isinstance(node, ast.Call) else None
         return _CALLS.get(found) if isinstance(found, Callable) and found.__hash__ else None
 
+    def note(self, call: ast.Call) -> None:
+        self.calls[call.lineno, call.col_offset] = ast.unparse(call.func)
+
     def attribute_of_self(self, node: ast.expr) -> str | None:
         """ "a.0" for self.a[0]."""
         if isinstance(node, ast.Name):
@@ -179,7 +182,7 @@ class _Rewriter(ast.NodeTransformer):
         known = {k: given[k].value for k in of if isinstance(given.get(k), ast.Constant)}
         if "input" not in given or refuses_upsampling(Resampling(**known)):
             return None
-        self.calls.append(ast.unparse(resampling.func))
+        self.note(resampling)
         self.pairs.append(path)
         arguments = [self.visit(a) for a in resampling.args]
         keywords = [ast.keyword(k.arg, self.visit(k.value)) for k in resampling.keywords]
@@ -194,7 +197,7 @@ class _Rewriter(ast.NodeTransformer):
                 return one
         name = self.target(node)
         if name:
-            self.calls.append(ast.unparse(node.func))
+            self.note(node)
             node.func = ast.copy_location(ast.Name(name, ast.Load()), node.func)
         return self.generic_visit(node)
 
@@ -206,13 +209,24 @@ class _Rewriter(ast.NodeTransformer):
         return super().generic_visit(node)
 
     def statements(self, block: list[ast.stmt]) -> list[ast.stmt]:
-        """A block; ``x = interpolate(...); x = f(self.conv(x))`` (or a return of it) becomes one statement."""
+        """A block; ``x = interpolate(...); x = f(self.conv(x))`` (or a return of it) becomes one statement. Before an
+        ``if self.a: ...`` of which a branch starts so, the interpolate moves into both branches."""
         out = []
         for statement in block:
-            if out and self.join(out[-1], statement):
+            if out and (self.join(out[-1], statement) or self.sink(out[-1], statement)):
                 out.pop()
             out.append(statement)
         return [self.visit(s) for s in out]
+
+    def sink(self, first: ast.stmt, second: ast.stmt) -> bool:
+        """Moves the interpolate of `first` into the branches of `second` where it joins there."""
+        if not isinstance(second, ast.If) or not self.attribute_of_self(second.test):
+            return False
+        if not any(branch and self.join(first, copy.deepcopy(branch[0])) for branch in (second.body, second.orelse)):
+            return False
+        second.body.insert(0, first)
+        second.orelse.insert(0, copy.deepcopy(first))
+        return True
 
     def join(self, first: ast.stmt, second: ast.stmt) -> bool:
         """Moves the interpolate of `first` into `second` where nothing else can see its result."""

@@ -70,7 +70,7 @@ def _fpn_pair(module: nn.Module) -> str | None:
     return "block.1.block" if len(module.block) > 1 and module.block[0].upsample and _fpn_stages(module) else None
 
 
-_WHEN = "without a skip connection"
+_WHEN = "in calls without a skip connection"
 UNET = Adapter(frozenset(f"{_BLOCK} attention1 attention2".split()), _unet, _conv1, _WHEN)
 UNET_PLUS_PLUS = Adapter(
     frozenset(f"{_BLOCK} attention1 attention2 is_empty shape new_empty".split()), _unet_plus_plus, _conv1, _WHEN

@@ -16,11 +16,12 @@ _aten = torch.ops.aten
 
 
 def activate(y: Tensor, activation: str | None, slope: float, inplace: bool = False) -> Tensor:
-    """The activation by torch; `inplace`: of a result that nothing else holds."""
+    """The activation by torch; `inplace`: of a result that nothing else holds. Not leaky_relu where autograd may
+    record: in place it needs its result, which nobody may change then; else its input."""
     if activation == "relu":
         return y.relu_() if inplace else y.relu()
     if activation == "leaky_relu":
-        return F.leaky_relu(y, slope, inplace)
+        return F.leaky_relu(y, slope, inplace and not torch.is_grad_enabled())
     if activation == "silu":
         return F.silu(y)
     if activation == "gelu":

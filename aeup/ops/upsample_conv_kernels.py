@@ -162,6 +162,8 @@ def _composed_refuses(a, *args) -> str | None:
 
 def _composed_label(kind: int):
     def label(device, *args) -> str:
+        if any(plain.alone(a) for a in args if isinstance(a, UpsampleGeometry)):
+            return "conv2d"
         args = [plain.convolution(a) if isinstance(a, UpsampleGeometry) else a for a in args]
         rules = None if device.type == "cpu" else MAPS[kind].rules[device]
         decision = rules and rules.decision(tuple(args))

@@ -34,6 +34,12 @@ def convolution(g: UpsampleGeometry) -> UpsampleGeometry:
     return g._replace(m=Map(*g.size, *g.size, "nearest", False, False, None, None))
 
 
+def alone(g: UpsampleGeometry) -> bool:
+    """Whether there is nothing but the convolution: nearest by 1, which is not only to the same size."""
+    m = g.m
+    return m.mode.startswith("nearest") and g.input_size == g.size and m.scale_h in (None, 1) and m.scale_w in (None, 1)
+
+
 class _Convolution:
     """torch's."""
 
@@ -86,10 +92,10 @@ class _OneAfterTheOther:
         self.resample, self.of = resample, of
 
     def _upsampled(self, x, g: UpsampleGeometry) -> Tensor:
-        return x if g == convolution(g) else self.resample(x, g.m, False)
+        return x if alone(g) else self.resample(x, g.m, False)
 
     def _downsampled(self, du, g: UpsampleGeometry) -> Tensor:
-        return du if g == convolution(g) else self.resample(du, g.m, True)
+        return du if alone(g) else self.resample(du, g.m, True)
 
     def y(self, x, w, bias, g: UpsampleGeometry, activation, slope) -> Tensor:
         return self.of(x, g).y(self._upsampled(x, g), w, bias, g, activation, slope)
@@ -110,6 +116,4 @@ class _OneAfterTheOther:
 _TORCH, CHOSEN = _Convolution(), _ChosenConvolution()
 BY_TORCH = _OneAfterTheOther(reference, lambda t, g: _TORCH)
 # What is chosen for the convolution alone may be this composition again: then it is torch's.
-BY_AEUP = _OneAfterTheOther(
-    partial(resample, backend="auto"), lambda t, g: _TORCH if t.is_cpu or g == convolution(g) else CHOSEN
-)
+BY_AEUP = _OneAfterTheOther(partial(resample, backend="auto"), lambda t, g: _TORCH if t.is_cpu or alone(g) else CHOSEN)

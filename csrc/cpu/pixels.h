@@ -68,11 +68,11 @@ void sum_pixels(const Plan<A>& plan, const T* row, int rows, int64_t in, T* out,
   for (int64_t d = d0; d < d1; ++d, out += c) {
     const T* x = row + plan.h.first[d] * c;
     const int columns = plan.h.count[d];
-    switch (rows * 4 + columns) {
-      case 2 * 4 + 2: sum_pixel<2, 2>(x, rows, columns, in, c, out); break;
-      case 2 * 4 + 3: sum_pixel<2, 3>(x, rows, columns, in, c, out); break;
-      case 3 * 4 + 2: sum_pixel<3, 2>(x, rows, columns, in, c, out); break;
-      case 3 * 4 + 3: sum_pixel<3, 3>(x, rows, columns, in, c, out); break;
+    switch (rows * 16 + columns) {  // neither is more than 9
+      case 2 * 16 + 2: sum_pixel<2, 2>(x, rows, columns, in, c, out); break;
+      case 2 * 16 + 3: sum_pixel<2, 3>(x, rows, columns, in, c, out); break;
+      case 3 * 16 + 2: sum_pixel<3, 2>(x, rows, columns, in, c, out); break;
+      case 3 * 16 + 3: sum_pixel<3, 3>(x, rows, columns, in, c, out); break;
       default: sum_pixel<0, 0>(x, rows, columns, in, c, out);
     }
   }
