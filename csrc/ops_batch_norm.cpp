@@ -27,7 +27,8 @@ aeup::BatchNorm describe(const Tensor& input, bool training, double momentum, do
   b.dtype = aeup::float_dtype_of(kName, input);
   b.activation = aeup::activation_of(kName, activation);
   b.n = input.size(0), b.c = input.size(1), b.pixels = input.size(2) * input.size(3);
-  b.channels_last = aeup::suggests_channels_last(input);
+  // torch's kernels for the CPU write what is both layouts as contiguous.
+  b.channels_last = aeup::suggests_channels_last(input) && !(input.is_cpu() && aeup::is_dense(input, false));
   b.training = training, b.momentum = momentum, b.eps = eps, b.slope = slope;
   if (input.numel() == 0) aeup::fail(kName, "the input is empty");
   return b;

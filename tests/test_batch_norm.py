@@ -132,6 +132,13 @@ def test_strided_inputs_and_gradients(native):
                 torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5), name
 
 
+def test_strides_of_what_is_both_layouts():
+    for shape, strides in (((2, 1, 3, 4), (12, 1, 4, 1)), ((2, 3, 1, 1), (3, 1, 3, 3)), ((2, 3, 1, 1), (3, 1, 1, 1))):
+        x = torch.randn(24).as_strided(shape, strides)
+        y, z = (f(x, None, None, training=True) for f in (aeup.batch_norm, by_torch))
+        assert y.stride() == z.stride()
+
+
 def test_without_running_statistics_and_without_gradients(native):
     x, _, _, weight, bias = tensors()
     with torch.no_grad():

@@ -56,7 +56,7 @@ class Extension:
     def __init__(self):
         self.calls, self.kept, self.family = [], [], "hopper"
 
-    def __call__(self, name):
+    def __call__(self, name, *device):
         def call(*args):
             self.calls.append(name)
             return getattr(self, name)(*args)

@@ -86,10 +86,7 @@ def _reference_backward(grad, x, mean, invstd, weight, bias, norm: Norm, wanted)
 def _compiled_run(x, weight, bias, running_mean, running_var, counter, norm: Norm):
     rest = norm.momentum, norm.eps, NUMBER[norm.activation], norm.slope
     statistics = running_mean, running_var, counter
-    found = compiled.call("batch_norm", x, weight, bias, *statistics, norm.training, *rest, device=x.device.type)
-    if norm.training:
-        torch.autograd.graph.increment_version([t for t in statistics if t is not None])
-    return found
+    return compiled.call("batch_norm", x, weight, bias, *statistics, norm.training, *rest, device=x.device.type)
 
 
 def _compiled_backward(grad, x, mean, invstd, weight, bias, norm: Norm, wanted):
