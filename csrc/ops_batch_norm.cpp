@@ -50,7 +50,11 @@ int32_t set_narrow(aeup::BatchNorm* b, const Tensor& input, const Optional& one,
   return b->narrow ? code : own;
 }
 Tensor empty_channels(const Tensor& input, int64_t channels, int32_t dtype) {
-  return aeup::empty_like(input, {channels}, false, dtype);
+  const int64_t stride = 1;
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &channels, &stride, dtype, aeup::device_type(input),
+                                                         input.get_device_index(), &handle));
+  return Tensor(handle);
 }
 struct OnDevice {  // of the input, for the length of a call
   std::optional<torch::stable::accelerator::DeviceGuard> guard;

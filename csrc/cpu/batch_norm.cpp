@@ -25,6 +25,7 @@ namespace {
 constexpr int64_t kSmall = 1 << 15;  // elements below which a second thread costs more than it brings
 constexpr int64_t kPerLane = 512;    // values of a lane in a piece, about
 constexpr int64_t kPieces = 64;      // at least, in a large tensor
+constexpr int64_t kPiece = 1 << 14;  // elements, at least: sums are joined for each piece and channel
 constexpr int64_t kWidePixel = 256;  // channels from which a pixel that does not divide is walked by itself
 constexpr int64_t kTree = 8;
 
@@ -80,7 +81,8 @@ Walk walk_of(const BatchNorm& b) {
     w.lanes = w.by_pixel ? b.c : w.period;
     const int64_t unit = w.by_pixel ? b.c : kTree * w.period, units = (w.total + unit - 1) / unit;
     const int64_t most = w.by_pixel ? kPerLane : kPerLane / kTree;
-    w.length = unit * std::min(std::max((units + kPieces - 1) / kPieces, most / 16), most);
+    const int64_t least = std::max<int64_t>((kPiece + unit - 1) / unit, 8);
+    w.length = unit * std::min(std::max((units + kPieces - 1) / kPieces, least), most);
     w.pieces = w.rows = (w.total + w.length - 1) / w.length;
   } else {
     w.channels = 1, w.period = w.lanes = L;
