@@ -184,6 +184,31 @@ bool in_sums(const Plan<A>& plan) {
   return plan.kind == Horizontal::pixels && plan.v.sums && plan.h.sums && plan.v.taps * plan.h.taps <= 9;
 }
 
+// The gradient of nearest by 2 where elements of a row are neighbours.
+template <class A>
+bool in_pairs(const Plan<A>& plan) {
+  const auto doubled = [](const Band<A>& band) {
+    bool good = band.sums && band.src == 2 * band.dst;
+    for (int64_t d = 0; good && d < band.dst; ++d) good = band.first[d] == 2 * d && band.count[d] == 2;
+    return good;
+  };
+  return plan.channels == 1 && doubled(plan.v) && doubled(plan.h);
+}
+template <class T>
+void add_row_pairs(const T* upper, const T* lower, T* out, int64_t n) {  // n results
+  using A = typename Arith<T>::type;
+  constexpr int64_t L = kLanes<A>;
+  int64_t e = 0;
+  for (; e + L <= n; e += L) {
+    const T *u = upper + 2 * e, *l = lower + 2 * e;
+    store(out + e, add_pairs(load(u) + load(l), load(u + L) + load(l + L)));
+  }
+  for (; e < n; ++e) {
+    const A left = to_arith(upper[2 * e]) + to_arith(lower[2 * e]);
+    from_arith(left + (to_arith(upper[2 * e + 1]) + to_arith(lower[2 * e + 1])), out + e);
+  }
+}
+
 // Scratch of one thread.
 template <class A>
 struct Scratch {
@@ -198,7 +223,7 @@ struct Walk {
   const T* src;
   T* dst;
   int64_t planes, strip_rows, strips, segment, segments;
-  bool stream;
+  bool stream, pairs;
 
   int64_t tasks() const { return planes * strips * segments; }
 
@@ -211,7 +236,12 @@ struct Walk {
       const int64_t c = plan.channels;
       const T* x = src + plane * plan.v.src * plan.h.src * c;
       T* y = dst + plane * plan.v.dst * plan.h.dst * c;
-      if (in_sums(plan)) {
+      if (pairs) {
+        for (int64_t o = r0; o < r1; ++o) {
+          const T* upper = x + 2 * o * plan.h.src;
+          add_row_pairs(upper, upper + plan.h.src, y + o * plan.h.dst, plan.h.dst);
+        }
+      } else if (in_sums(plan)) {
         for (int64_t o = r0; o < r1; ++o) {
           const int64_t in = plan.h.src * c;
           sum_pixels(plan, x + plan.v.first[o] * in, plan.v.count[o], in, y + (o * plan.h.dst + d0) * c, d0, d1);
@@ -361,7 +391,8 @@ void banded(const Problem& p, int64_t threads, ParallelFor parallel) {
                   1,
                   plan->h.dst,
                   1,
-                  !plan->rows_first && bytes >= kStreamBytes};
+                  !plan->rows_first && bytes >= kStreamBytes,
+                  in_pairs(*plan)};
   if (plan->kind == Horizontal::pixels && !in_blocks(*plan) && !in_sums(*plan)) {
     const int64_t widest = plan->rows_first ? std::max<int64_t>(1, plan->h.src / std::max<int64_t>(1, plan->h.dst)) : 1;
     walk.segment = std::min(plan->h.dst, std::max<int64_t>(1, kSegment / (c * widest)));

@@ -16,7 +16,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "cpu/vec_math.h"
+#include "cpu/activations.h"
 
 namespace aeup {
 namespace AEUP_ISA {
@@ -279,97 +279,6 @@ void statistics(const BatchNorm& b, const Walk& w, ParallelFor parallel, std::ve
   }
 }
 
-// --- activations: of z, and the gradient before them ---
-
-template <class S>
-struct Identity {
-  static constexpr bool smooth = false;
-  template <class V>
-  V value(V z) const {
-    return z;
-  }
-  template <class V>
-  V gradient(V, V grad) const {
-    return grad;
-  }
-};
-template <class S>
-struct Relu {
-  static constexpr bool smooth = false;
-  template <class V>
-  V value(V z) const {
-    return z < S(0) ? V{} : z;
-  }
-  template <class V>
-  V gradient(V z, V grad) const {
-    return z <= S(0) ? V{} : grad;
-  }
-};
-template <class S>
-struct LeakyRelu {
-  static constexpr bool smooth = false;
-  S slope;
-  template <class V>
-  V value(V z) const {
-    return z < S(0) ? z * slope : z;
-  }
-  template <class V>
-  V gradient(V z, V grad) const {
-    return z <= S(0) ? grad * slope : grad;
-  }
-};
-template <class S>
-struct Silu {
-  static constexpr bool smooth = true;
-  template <class V>
-  V value(V z) const {
-    return z * vlogistic(z);
-  }
-  template <class V>
-  V gradient(V z, V grad) const {
-    const V s = vlogistic(z);
-    return grad * (s + z * s * (S(1) - s));
-  }
-};
-template <class S>
-struct Gelu {
-  static constexpr bool smooth = true;
-  template <class V>
-  V value(V z) const {
-    return S(0.5) * z * (S(1) + verf(z * S(0.70710678118654752440)));
-  }
-  template <class V>
-  V gradient(V z, V grad) const {
-    return grad * (S(0.5) * (S(1) + verf(z * S(0.70710678118654752440))) + z * normal_density(z));
-  }
-};
-template <class S>
-struct Tanh {
-  static constexpr bool smooth = true;
-  template <class V>
-  V value(V z) const {
-    return vtanh(z);
-  }
-  template <class V>
-  V gradient(V z, V grad) const {
-    const V t = vtanh(z);
-    return grad * (S(1) - t * t);
-  }
-};
-template <class S>
-struct Sigmoid {
-  static constexpr bool smooth = true;
-  template <class V>
-  V value(V z) const {
-    return vlogistic(z);
-  }
-  template <class V>
-  V gradient(V z, V grad) const {
-    const V s = vlogistic(z);
-    return grad * (s * (S(1) - s));
-  }
-};
-
 // --- elements ---
 
 // to[i] = f(lane, values of N tensors) over all pieces.
@@ -505,31 +414,21 @@ void with_type(DType t, F f) {
   if (t == DType::f16) return f(f16());
   f(bf16());
 }
-template <class S, class F>
-void with_activation(const BatchNorm& b, F f) {
-  switch (b.activation) {
-    case Activation::none: return f(Identity<S>());
-    case Activation::relu: return f(Relu<S>());
-    case Activation::leaky_relu: return f(LeakyRelu<S>{S(b.slope)});
-    case Activation::silu: return f(Silu<S>());
-    case Activation::gelu: return f(Gelu<S>());
-    case Activation::tanh: return f(Tanh<S>());
-    case Activation::sigmoid: return f(Sigmoid<S>());
-  }
-}
 
 }  // namespace
 
 void batch_norm(const BatchNorm& b, ParallelFor parallel) {
   with_type(b.dtype, [&](auto t) {
     using T = decltype(t);
-    with_activation<typename Arith<T>::type>(b, [&](auto activation) { forward<T>(b, parallel, activation); });
+    with_activation<typename Arith<T>::type>(b.activation, b.slope,
+                                             [&](auto activation) { forward<T>(b, parallel, activation); });
   });
 }
 void batch_norm_backward(const BatchNorm& b, ParallelFor parallel) {
   with_type(b.dtype, [&](auto t) {
     using T = decltype(t);
-    with_activation<typename Arith<T>::type>(b, [&](auto activation) { backward<T>(b, parallel, activation); });
+    with_activation<typename Arith<T>::type>(b.activation, b.slope,
+                                             [&](auto activation) { backward<T>(b, parallel, activation); });
   });
 }
 

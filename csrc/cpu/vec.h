@@ -221,6 +221,31 @@ inline Vec<double> lookup(const double* p, const int32_t* index) {
   return v;
 }
 
+// Sums of neighbours: lane i of the result is elements 2i and 2i + 1 of a and b side by side.
+inline VF add_pairs(VF a, VF b) {
+#if defined(__AVX512F__)
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i odd = _mm512_or_si512(even, _mm512_set1_epi32(1));
+  return _mm512_add_ps(_mm512_permutex2var_ps(a, even, b), _mm512_permutex2var_ps(a, odd, b));
+#elif defined(__AVX2__)
+  const __m256d sums = _mm256_castps_pd(_mm256_hadd_ps(a, b));  // of a and b by turns, two at a time
+  return _mm256_castpd_ps(_mm256_permute4x64_pd(sums, 0xd8));
+#else
+  VF v;
+  for (int i = 0; i < kLanes<float>; ++i) {
+    const VF& from = 2 * i < kLanes<float> ? a : b;
+    v[i] = from[2 * i % kLanes<float>] + from[2 * i % kLanes<float> + 1];
+  }
+  return v;
+#endif
+}
+inline Vec<double> add_pairs(Vec<double> a, Vec<double> b) {
+  constexpr int L = kLanes<double>;
+  Vec<double> v;
+  for (int i = 0; i < L; ++i) v[i] = 2 * i < L ? a[2 * i % L] + a[2 * i % L + 1] : b[2 * i % L] + b[2 * i % L + 1];
+  return v;
+}
+
 // Copies n bytes past the caches: a large output would only push everything else out of them.
 inline void stream_copy(void* to, const void* from, int64_t n) {
 #if defined(__AVX2__)
