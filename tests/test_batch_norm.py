@@ -29,6 +29,16 @@ def tensors(shape=(3, 4, 5, 2), dtype=torch.float64, layout="nchw", affine=True,
     return x, mean, var.abs() + 0.5, *((weight, bias) if affine else (None, None))
 
 
+def views(x):
+    """Of x [4, 9, 7, 6]: tensors of channels 2 to 8 (or 6 of an offset) that are not dense, or lie at an odd place."""
+    return {
+        "slice": x[1:3, 2:8, 1:5, ::2],
+        "expanded": x[:1, 2:8].expand(3, -1, -1, -1),
+        "channels-last slice": x.contiguous(memory_format=torch.channels_last)[:, 2:8],
+        "offset": x.flatten()[5 : 5 + 2 * 6 * 3 * 7].view(2, 6, 3, 7),
+    }
+
+
 def by_torch(x, mean, var, weight=None, bias=None, *rest, activation=None, **options):
     return activate(F.batch_norm(x, mean, var, weight, bias, *rest, **options), *parse_activation(activation))
 
@@ -114,13 +124,7 @@ def test_parameters_of_the_inputs_dtype(monkeypatch):
 
 def test_strided_inputs_and_gradients(native):
     x, mean, var, weight, bias = tensors((4, 9, 7, 6), torch.float32)
-    views = {
-        "slice": x[1:3, 2:8, 1:5, ::2],
-        "expanded": x[:1, 2:8].expand(3, -1, -1, -1),
-        "channels-last slice": x.contiguous(memory_format=torch.channels_last)[:, 2:8],
-        "offset": x.flatten()[5 : 5 + 2 * 6 * 3 * 7].view(2, 6, 3, 7),
-    }
-    for name, view in views.items():
+    for name, view in views(x).items():
         given = view.detach(), *(t[2:8] for t in (mean, var, weight, bias))
         for grad in ("sin", "sum"):
             found = []

@@ -9,7 +9,7 @@ import torch
 from aeup.kernels import plans
 from batch_norm_cases import check, results
 from cases import LAYOUTS
-from test_batch_norm import ACTIVATIONS, by_torch, tensors
+from test_batch_norm import ACTIVATIONS, by_torch, tensors, views
 from triton_interpreter import DEVICE, MARKS, check_in_the_interpreter, poison, select_tests  # noqa: F401
 
 import aeup
@@ -147,13 +147,7 @@ def test_two_launches_in_training_and_one_outside():
 
 def test_views_and_mixed_layouts():
     x, *parameters = tensors((4, 9, 7, 6), F32)
-    views = {
-        "slice": x[1:3, 2:8, 1:5, ::2],
-        "expanded": x[:1, 2:8].expand(3, -1, -1, -1),
-        "channels-last slice": x.contiguous(memory_format=torch.channels_last)[:, 2:8],
-        "offset": x.flatten()[5 : 5 + 2 * 6 * 3 * 7].view(2, 6, 3, 7),
-    }
-    for name, view in views.items():
+    for name, view in views(x).items():
         given = view, *(t[2:8].clone() for t in parameters)
         for grad in (
             torch.ones(()).expand(view.shape),

@@ -208,7 +208,7 @@ def batch_norm(x, weight, bias, running_mean, running_var, counter, norm: Norm) 
         return by_torch(*args)
     reason = _unserved(x, weight, bias, running_mean, running_var, norm)
     if reason:
-        note_torch("aeup.batch_norm", f"{list(x.shape)}, {x.dtype}", reason)
+        note_torch("aeup.batch_norm", lambda: f"{list(x.shape)}, {x.dtype}", reason)
         return by_torch(*args)
     if traced(x, weight, bias):
         return _dispatched(*args)

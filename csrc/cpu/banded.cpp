@@ -184,18 +184,9 @@ bool in_sums(const Plan<A>& plan) {
   return plan.kind == Horizontal::pixels && plan.v.sums && plan.h.sums && plan.v.taps * plan.h.taps <= 9;
 }
 
-// The gradient of nearest by 2 where elements of a row are neighbours.
-template <class A>
-bool in_pairs(const Plan<A>& plan) {
-  const auto doubled = [](const Band<A>& band) {
-    bool good = band.sums && band.src == 2 * band.dst;
-    for (int64_t d = 0; good && d < band.dst; ++d) good = band.first[d] == 2 * d && band.count[d] == 2;
-    return good;
-  };
-  return plan.channels == 1 && doubled(plan.v) && doubled(plan.h);
-}
+// A row of Plan::pairs, n results.
 template <class T>
-void add_row_pairs(const T* upper, const T* lower, T* out, int64_t n) {  // n results
+void add_row_pairs(const T* upper, const T* lower, T* out, int64_t n) {
   using A = typename Arith<T>::type;
   constexpr int64_t L = kLanes<A>;
   int64_t e = 0;
@@ -223,7 +214,7 @@ struct Walk {
   const T* src;
   T* dst;
   int64_t planes, strip_rows, strips, segment, segments;
-  bool stream, pairs;
+  bool stream;
 
   int64_t tasks() const { return planes * strips * segments; }
 
@@ -236,7 +227,7 @@ struct Walk {
       const int64_t c = plan.channels;
       const T* x = src + plane * plan.v.src * plan.h.src * c;
       T* y = dst + plane * plan.v.dst * plan.h.dst * c;
-      if (pairs) {
+      if (plan.pairs) {
         for (int64_t o = r0; o < r1; ++o) {
           const T* upper = x + 2 * o * plan.h.src;
           add_row_pairs(upper, upper + plan.h.src, y + o * plan.h.dst, plan.h.dst);
@@ -391,8 +382,7 @@ void banded(const Problem& p, int64_t threads, ParallelFor parallel) {
                   1,
                   plan->h.dst,
                   1,
-                  !plan->rows_first && bytes >= kStreamBytes,
-                  in_pairs(*plan)};
+                  !plan->rows_first && bytes >= kStreamBytes};
   if (plan->kind == Horizontal::pixels && !in_blocks(*plan) && !in_sums(*plan)) {
     const int64_t widest = plan->rows_first ? std::max<int64_t>(1, plan->h.src / std::max<int64_t>(1, plan->h.dst)) : 1;
     walk.segment = std::min(plan->h.dst, std::max<int64_t>(1, kSegment / (c * widest)));

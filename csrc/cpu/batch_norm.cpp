@@ -13,7 +13,6 @@
 
 #include <algorithm>
 #include <numeric>
-#include <type_traits>
 #include <vector>
 
 #include "cpu/activations.h"
@@ -217,7 +216,7 @@ void add_piece(const Walk& w, const Piece& p, const T* const (&from)[N], double*
   if (waiting) add(pending, 0);
 }
 
-// Rows [2][channels of the row] of partial results, one for each piece.
+// Rows [2][c] of partial results; a piece writes those of its channels.
 struct Partials {
   std::vector<double> sums;
   int64_t c;

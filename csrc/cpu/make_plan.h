@@ -73,6 +73,14 @@ void plan_lookup(Plan<A>& plan) {
   }
 }
 
+// Destination d is the sum of sources 2d and 2d + 1.
+template <class A>
+bool adds_pairs(const Band<A>& band) {
+  bool good = band.sums && band.src == 2 * band.dst;
+  for (int64_t d = 0; good && d < band.dst; ++d) good = band.first[d] == 2 * d && band.count[d] == 2;
+  return good;
+}
+
 template <class A>
 std::shared_ptr<const Plan<A>> make_plan(const Problem& p) {
   auto plan = std::make_shared<Plan<A>>();
@@ -84,6 +92,7 @@ std::shared_ptr<const Plan<A>> make_plan(const Problem& p) {
     plan->h = transpose(plan->h);
   }
   plan->rows_first = plan->v.dst < plan->v.src;
+  plan->pairs = plan->channels == 1 && adds_pairs(plan->v) && adds_pairs(plan->h);
   if (plan->channels >= kLanes<A>) {
     plan->kind = Horizontal::pixels;
   } else if (plan_phases(*plan)) {

@@ -21,6 +21,7 @@ struct Plan {
   int64_t channels = 1;  // elements of a pixel that lie together: C in channels-last, else 1
   Band<A> v, h;
   bool rows_first = false;  // vertical pass first (the destination has fewer rows)
+  bool pairs = false;       // the gradient of nearest by 2, elements of a row side by side
   Horizontal kind = Horizontal::pixels;
 
   // lookup: per block of lanes, `taps` index vectors (relative to base) and weight vectors
