@@ -70,7 +70,8 @@ def test_kl_agrees_with_a_monte_carlo_estimate(case):
     ratio = log_q - torch.distributions.Normal(0.0, 1.0).log_prob(z).sum(1)
     if model.flow:
         torch.manual_seed(1)
-        added = model.draw(*(t.repeat(2000, 1) for t in (mu, log_var, context)))[2]
+        z0, _ = model.draw(mu.repeat(2000, 1), log_var.repeat(2000, 1))
+        added = model.flowed(z0, context.repeat(2000, 1))[1]
         kl, noise = model.loss(x.expand(2000, -1, -1, -1))["kl"].item(), (added.std() / math.sqrt(2000)).item()
     else:
         kl, noise = model.loss(x)["kl"].item(), 0.0
@@ -128,6 +129,14 @@ def test_flow_reaches_encode_and_reconstruct():
     assert torch.equal(mean, model.flow(mu, context)[0]) and not torch.equal(mean, mu) and torch.equal(same, log_var)
 
 
+def log_weight(model, x, mu, log_var, context):
+    """log p(x, z) - log q(z|x) of one sample for each row of the posterior."""
+    z0, _ = model.draw(mu, log_var)
+    z, added = model.flowed(z0, context)
+    q, p = torch.distributions.Normal(mu, (log_var / 2).exp()), torch.distributions.Normal(0.0, 1.0)
+    return -model.nats(model.decode(z), x).sum((1, 2, 3)) - (q.log_prob(z0) - p.log_prob(z0)).sum(1) - added
+
+
 @pytest.mark.parametrize("case", FORMS)
 def test_the_estimate_is_the_formula_whatever_the_chunk(case):
     model, x = double(case, n=3)
@@ -135,8 +144,7 @@ def test_the_estimate_is_the_formula_whatever_the_chunk(case):
     mu, log_var, context = model.posterior(x)
     weights = []
     for _ in range(7):
-        z, log_ratio, added = model.draw(mu, log_var, context)
-        weights.append(-model.nats(model.decode(z), x).sum((1, 2, 3)) - log_ratio - added)
+        weights.append(log_weight(model, x, mu, log_var, context))
     want = torch.stack(weights).logsumexp(0) - math.log(7)
     torch.manual_seed(0)
     got = model.log_likelihood(x, 7, chunk=3)  # one sample at a time: the noise comes in the same order
@@ -157,8 +165,7 @@ def test_more_samples_tighten_the_bound(case):
     with torch.no_grad():
         torch.nn.init.normal_(model.encoder.output.weight, std=0.3)
     torch.manual_seed(0)
-    z, log_ratio, added = model.draw(*(t.repeat(2000, 1) for t in model.posterior(x)))
-    log_w = (-model.nats(model.decode(z), x).sum((1, 2, 3)) - log_ratio - added).detach()
+    log_w = log_weight(model, x, *(t.repeat(2000, 1) for t in model.posterior(x))).detach()
     bounds = [log_w.view(-1, k).logsumexp(1).mean().item() - math.log(k) for k in (1, 10, 100, 1000)]
     assert bounds == sorted(bounds)
     torch.manual_seed(1)

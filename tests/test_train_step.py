@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from torch import nn
 
 from aeup.models import MODELS
 from aeup.train import TrainConfig, make_config, train
 from aeup.train.checkpoint import build_model, load_state
+from aeup.train.copies import Copies
 from aeup.train.distributed import World
 from aeup.train.step import EAGER_STEPS, Step
 
@@ -135,6 +137,45 @@ def test_no_player_touches_the_other(monkeypatch):
     assert all(p.grad is not None for p in model.generator.parameters())
 
 
+@pytest.mark.parametrize("settings", [{}, {"channels_last": True, "clip": 1.0, "ema": 0.9}])
+@pytest.mark.parametrize("name", sorted(SMALL))
+def test_copies_of_the_weights_change_no_bit_of_autocasts_step(monkeypatch, name, settings):
+    step, copied = make_step(name, bf16=True, **settings)
+    monkeypatch.setattr(MODELS[name], "plain_weights", False)
+    other, cast = make_step(name, bf16=True, **settings)
+    assert bool(step.copies.of) == (name != "contractive") and not other.copies.of
+    for n in range(4):
+        torch.manual_seed(n)
+        want = cast(n)
+        torch.manual_seed(n)
+        assert copied(n) == want
+    for a, b in zip(step.model.parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(a, b) and a.dtype is torch.float32
+        assert (a.grad is None) == (b.grad is None) and (a.grad is None or torch.equal(a.grad, b.grad))
+
+
+def test_copies_stand_in_for_tied_and_frozen_weights_and_go_again():
+    one, two, norm = nn.Linear(3, 3), nn.Linear(3, 3, bias=False), nn.BatchNorm1d(3)
+    two.weight = one.weight
+    one.bias.requires_grad_(False)
+    model = nn.Sequential(one, norm, two)
+    copies, parameters = Copies(model.modules()), [one.weight, *norm.parameters()]
+    with torch.no_grad():
+        one.weight.add_(1)  # as an optimizer does after the copies were made
+    with pytest.raises(ZeroDivisionError), copies.in_use(parameters):
+        assert one.weight is two.weight and one.weight.dtype is torch.bfloat16 and not one.bias.requires_grad
+        assert torch.equal(one.weight, parameters[0].bfloat16()) and norm.weight is parameters[1]
+        assert [p.dtype for p in model.parameters()] == 4 * [torch.float32]
+        with torch.autocast("cpu", torch.bfloat16):
+            model(torch.randn(4, 3)).float().square().sum().backward(inputs=copies.leaves(parameters))
+        raise ZeroDivisionError
+    copies.give_back(parameters)
+    assert one.weight is two.weight is parameters[0] and one.bias.grad is None
+    assert all(p.grad.dtype is torch.float32 and p.grad.abs().sum() > 0 for p in parameters)
+    with copies.in_use(norm.parameters()):
+        assert not one.weight.requires_grad
+
+
 def data(tmp_path):
     np.savez(tmp_path / "data.npz", images=np.random.default_rng(0).random((50, 16, 16)))
     return str(tmp_path / "data.npz")
@@ -148,10 +189,9 @@ def run(tmp_path, name, folder, device, **settings):
         batch_size=12,
         warmup=3,
         tensorboard=False,
-        bf16=False,
         options=SMALL[name],
         **source,
-        **settings,
+        **{"bf16": False, **settings},
     )
     return train(config, tmp_path / folder, device=device, console=Console(file=io.StringIO()))
 
@@ -174,7 +214,7 @@ def assert_close(a, b, rel):
 
 
 @gpu
-@pytest.mark.parametrize("settings", [{}, {"clip": 1.0, "ema": 0.9}, {"channels_last": False}])
+@pytest.mark.parametrize("settings", [{}, {"clip": 1.0, "ema": 0.9}, {"channels_last": False}, {"bf16": True}])
 @pytest.mark.parametrize("name", sorted(SMALL))
 def test_the_graph_gives_the_losses_of_eager(tmp_path, monkeypatch, name, settings):
     """40 images in batches of 12 and 4, six epochs: both sizes are captured. Kernels that add atomically differ in

@@ -42,6 +42,7 @@ class Contractive(Autoencoder):
     name = "contractive"
     Config = ContractiveConfig
     objective = "loss"
+    plain_weights = False  # the closed form's, in float32
     defaults = {"lr": 1e-2, "epochs": 60}
 
     def __init__(self, config: ContractiveConfig | None = None) -> None:

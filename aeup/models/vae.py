@@ -81,20 +81,22 @@ class VAE(Model):
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[N, C, H, W] -> mean and log variance of the Gaussian, and the flow's context (empty without a flow)."""
-        d = self.config.latent_dim
-        mu, log_var, context = self.encoder(x).to(x.dtype).tensor_split((d, 2 * d), dim=1)
+        d, found = self.config.latent_dim, self.encoder(x).to(x.dtype)
+        mu, log_var, context = found.split((d, d, found.shape[1] - 2 * d), dim=1)
         return mu, log_var, context
 
-    def draw(self, mu: Tensor, log_var: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """A sample z [N, latent_dim] of q(z|x), noise from torch's default generator, and log q(z|x) - log p(z) in two
-        parts [N]: that of the Gaussian's sample z_0, and what the flow adds to it (zeros without a flow)."""
+    def draw(self, mu: Tensor, log_var: Tensor) -> tuple[Tensor, Tensor]:
+        """A sample z_0 [N, latent_dim] of the Gaussian, and its noise, from torch's default generator."""
         eps = torch.randn_like(mu)
-        z = z0 = mu + torch.exp(0.5 * log_var) * eps
-        log_ratio = 0.5 * (z0.square() - eps.square() - log_var).sum(1)
+        return torch.addcmul(mu, torch.exp(0.5 * log_var), eps), eps
+
+    def flowed(self, z0: Tensor, context: Tensor) -> tuple[Tensor, Tensor | float]:
+        """z [N, latent_dim], to which the flow takes z_0, and what it adds to log q(z|x) - log p(z), [N]. Without a
+        flow z_0 and 0."""
         if self.flow is None:
-            return z, log_ratio, torch.zeros_like(log_ratio)
+            return z0, 0.0
         z, log_det = self.flow(z0, context)
-        return z, log_ratio, 0.5 * (z.square() - z0.square()).sum(1) - log_det
+        return z, 0.5 * (z.square() - z0.square()).sum(1) - log_det
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[N, C, H, W] -> mean and log variance of q(z|x), each [N, latent_dim]. With a flow: the point to which the
@@ -126,9 +128,9 @@ class VAE(Model):
     def loss(self, x: Tensor, target: Tensor | None = None, player: str = "model") -> dict[str, Tensor]:
         """``loss`` = ``reconstruction`` + beta * ``kl``; ``negative_elbo`` is the same with beta = 1."""
         mu, log_var, context = self.posterior(x)
-        z, _, added = self.draw(mu, log_var, context)
+        z, added = self.flowed(self.draw(mu, log_var)[0], context)
         reconstruction = self.nats(self.decode(z), x).sum() / len(x)
-        kl = -0.5 * torch.sum(1 + log_var - mu.square() - log_var.exp()) / len(x)
+        kl = torch.addcmul(log_var.expm1() - log_var, mu, mu).sum() * (0.5 / len(x))
         if self.flow is not None:
             kl = kl + added.sum() / len(x)
         return {
@@ -165,8 +167,11 @@ class VAE(Model):
         total = x.new_full((n,), -math.inf, dtype=torch.float64)  # log sum_k of the weights so far
         for done in range(0, samples, at_once):
             k = min(at_once, samples - done)
-            z, log_ratio, added = self.draw(*(t.repeat(k, 1) for t in posterior))
+            mu, log_var, context = (t.repeat(k, 1) for t in posterior)
+            z0, eps = self.draw(mu, log_var)
+            z, added = self.flowed(z0, context)
+            log_ratio = 0.5 * (z0.square() - eps.square() - log_var).sum(1) + added  # log q(z|x) - log p(z)
             nats = self.nats(self.decode(z).unflatten(0, (k, n)), x).sum((-3, -2, -1))
-            log_weights = -nats - (log_ratio + added).unflatten(0, (k, n))  # log p(x, z_k) - log q(z_k|x), [k, N]
+            log_weights = -nats - log_ratio.unflatten(0, (k, n))  # log p(x, z_k) - log q(z_k|x), [k, N]
             total = torch.logaddexp(total, log_weights.double().logsumexp(0))
         return total - math.log(samples)

@@ -18,6 +18,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from aeup.models import Model
 from aeup.train.config import TrainConfig, TrainingError
+from aeup.train.copies import Copies
 from aeup.train.distributed import World
 
 EAGER_STEPS = 3  # of each batch size, before its capture: libraries and tuners set themselves up in the first ones
@@ -52,6 +53,8 @@ class Step:
             player: torch.optim.Adam(parameters, lr=self.lr, betas=config.betas, fused=True, capturable=gpu)
             for player, parameters in self.parameters.items()
         }
+        held = config.bf16 and not config.compile and model.plain_weights  # torch.compile fuses the casts itself
+        self.copies = Copies(model.modules() if held else ())
         self.average = copy.deepcopy(model).eval().requires_grad_(False) if config.ema else None
         self.loss = torch.compile(model.loss, dynamic=False) if config.compile else model.loss
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
@@ -108,14 +111,16 @@ class Step:
         x, target, config, world = slot.x, slot.target, self.config, self.world
         entries: dict[str, torch.Tensor] = {}
         for player, parameters in self.parameters.items():
-            optimizer = self.optimizers[player]
+            optimizer, copies = self.optimizers[player], self.copies
             optimizer.zero_grad(set_to_none=True)  # the backward writes fresh gradients, in a graph always the same
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=config.bf16), world.noise(len(x), slot.total):
+            autocast = torch.autocast(x.device.type, torch.bfloat16, enabled=config.bf16)
+            with autocast, world.noise(len(x), slot.total), copies.in_use(parameters):
                 losses = self.loss(x, target, player)
             goal = losses[self.model.minimise[player]]
             if world.size > 1:
                 goal = goal * (len(x) / slot.total)
-            goal.backward(inputs=parameters)
+            goal.backward(inputs=copies.leaves(parameters))
+            copies.give_back(parameters)
             world.sum_gradients(parameters)
             if config.clip:
                 clip_grad_norm_(parameters, config.clip)
