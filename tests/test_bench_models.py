@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from aeup.bench import harness, models, nets, peers, timing
+from aeup.bench import harness, models, nets, peers, steps, timing
 from aeup.bench.cli import bench
 from aeup.bench.layer import torch_other_layout
 from aeup.bench.twins import twin
@@ -22,7 +22,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 IMAGES = dict(image_size=(12, 10), latent_dim=3, channels=(6, 4, 4), hidden=8)
 STEP = models.Training("small", "vae", 6, 6, IMAGES)
 LABELLED = models.Training("labelled", "fcn", 2, 2, dict(image_size=(40, 35), classes=3, channels=(4, 5, 6, 7, 8)))
-GAN = models.Training("gan", "dcgan", 6, 6, dict(image_size=(16, 16), width=4, latent_dim=5), player="generator")
+SMALL_GAN = dict(image_size=(16, 16), width=4, latent_dim=5)
+GAN = models.Training("gan", "dcgan", 6, 6, SMALL_GAN, player="generator")
+ALONE = models.Training("alone", "dcgan", 6, 6, SMALL_GAN, cls=steps.Generator)
 DECODER = models.Decoding("decoder", "this test", lambda: nets.taesd(8), (2, 4, 3, 5), (2, 4, 3, 5))
 
 
@@ -106,7 +108,7 @@ def wrong_model(change):
 
     def make(case):
         model = case.workload.made("cpu")
-        model.load_state_dict(models._bundled(case.workload, "cpu").state_dict())
+        model.load_state_dict(steps._bundled(case.workload, "cpu").state_dict())
         change(model)
         return case._step(model)
 
@@ -126,7 +128,7 @@ def ascending(model):
         p.register_hook(lambda g: -g)
 
 
-@pytest.mark.parametrize("workload", [STEP, LABELLED, GAN], ids=lambda w: w.name)
+@pytest.mark.parametrize("workload", [STEP, LABELLED, GAN, ALONE], ids=lambda w: w.name)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_right_step_is_timed(workload, dtype):
     row = measured(step_case(workload, dtype=dtype))
@@ -147,7 +149,7 @@ def test_the_exact_curve_is_that_of_the_step_in_float64():
     case = step_case()
     problem = case.problem("cpu", 0)
     first, losses = problem.parts("step")
-    assert losses.reference.shape == (models.CURVE, 4) and torch.equal(first.reference, losses.reference[:1])
+    assert losses.reference.shape == (steps.CURVE, 4) and torch.equal(first.reference, losses.reference[:1])
     _, found = case.outcome(case.torch(), *problem.inputs)
     assert found.dtype == torch.float32 and (found - losses.reference).abs().max() < 1e-5 * losses.reference.abs().max()
     assert torch.equal(case.outcome(case.torch(), *problem.inputs)[1], found)  # the same noise at each call
@@ -166,14 +168,14 @@ def test_noise_in_float64_is_that_of_float32():
         torch.manual_seed(0)
         single = draw(x)
         torch.manual_seed(0)
-        with models.FloatNoise():
+        with steps.FloatNoise():
             double = draw(x.double())
         assert double.dtype == torch.float64 and torch.equal(double, single.double())
 
 
 def test_only_the_player_asked_for_takes_a_step():
     case = step_case(GAN)
-    model = twin(models._bundled(GAN, "cpu"))
+    model = twin(steps._bundled(GAN, "cpu"))
     before = {k: v.clone() for k, v in model.state_dict().items()}
     case._step(model)(*case.problem("cpu", 0).inputs)
     moved = {k.split(".")[0] for k, _ in model.named_parameters() if not torch.equal(model.state_dict()[k], before[k])}
@@ -299,7 +301,7 @@ def test_command_fails_where_aeup_is_wrong(tmp_path, monkeypatch):
 
 
 def untrained_copy(case):
-    model = twin(models._bundled(case.workload, "cpu"))
+    model = twin(steps._bundled(case.workload, "cpu"))
     model.decoder.requires_grad_(False)
     return model
 
