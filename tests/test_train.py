@@ -143,6 +143,25 @@ def test_interrupted_before_the_first_epoch_ends(tmp_path, config, monkeypatch):
     assert losses(train(out=tmp_path / "run", resume=True, console=silent())) == losses(whole)
 
 
+@pytest.mark.parametrize("sent", [[signal.SIGINT], [signal.SIGTERM], [signal.SIGINT, signal.SIGTERM]])
+def test_a_signal_waits_for_the_end_of_the_step_and_a_second_one_does_not(tmp_path, config, monkeypatch, capfd, sent):
+    handled, ended, real = (signal.SIGINT, signal.SIGTERM), [], Step.__call__
+    before = [signal.getsignal(s) for s in handled]
+
+    def step(self, *args):
+        for signum in sent:
+            signal.raise_signal(signum)
+        ended.append(real(self, *args))
+        return ended[-1]
+
+    monkeypatch.setattr(Step, "__call__", step)
+    with pytest.raises(Interrupted, match="stopped in epoch 1") as stopped:
+        train(config, tmp_path / "run", console=silent())
+    assert stopped.value.signum == sent[-1] and len(ended) == 2 - len(sent)
+    assert [signal.getsignal(s) for s in handled] == before
+    assert capfd.readouterr().err.count("stopping after this step") == 1
+
+
 def test_resume_to_more_epochs_and_not_to_fewer(tmp_path, config):
     train(config, tmp_path / "run", console=silent())
     assert len(train(out=tmp_path / "run", resume=True, console=silent())) == 4

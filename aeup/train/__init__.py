@@ -3,7 +3,8 @@
 from aeup.train.checkpoint import CheckpointError, load_model, save_model
 from aeup.train.config import ConfigError, TrainConfig, TrainingError, make_config
 from aeup.train.distributed import connect
-from aeup.train.loop import Interrupted, train
+from aeup.train.loop import train
+from aeup.train.signals import Interrupted
 
 __all__ = [
     "CheckpointError",

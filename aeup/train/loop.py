@@ -8,7 +8,6 @@ import json
 import math
 import platform
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,19 +31,12 @@ from aeup.train.config import CHANGEABLE, ConfigError, TrainConfig, TrainingErro
 from aeup.train.distributed import PeerError, World, current, synchronise
 from aeup.train.outputs import Outputs, event_writer
 from aeup.train.progress import Bar, describe
+from aeup.train.signals import Interrupted, Stop
 from aeup.train.step import Step
 
 CHECK_EVERY = {"cpu": 1, "cuda": 50}  # steps between looks at the losses; on a GPU each look waits for it
 VALIDATION_BATCH = 250  # at least
 PICTURED = 32  # validation images that the pictures may show
-
-
-class Interrupted(KeyboardInterrupt):
-    """Training was stopped by a signal (``signum``); the last whole checkpoint is on the disk."""
-
-    def __init__(self, message: str, signum: int) -> None:
-        super().__init__(message)
-        self.signum = signum
 
 
 def train(
@@ -86,9 +78,9 @@ def train(
     with torch.random.fork_rng(devices=gpus):
         torch.manual_seed(config.seed)
         try:
-            with _sigterm_raises():
+            with Stop() as stop:
                 run = Run(config, out, state, world, console)
-                run.fit()
+                run.fit(stop)
         except KeyboardInterrupt as e:
             saved = f"stopped in epoch {run.saved + 1}; {run.held()}" if run else "stopped before the first step"
             raise Interrupted(saved, getattr(e, "signum", signal.SIGINT)) from None
@@ -228,7 +220,7 @@ class Run:
     def held(self) -> str:
         return f"{self.out / 'last.pt'} holds epoch {self.saved}"
 
-    def fit(self) -> None:
+    def fit(self, stop: Stop) -> None:
         n, size = sum(p.numel() for p in self.model.parameters()), "x".join(map(str, self.train.image_shape))
         counts = f"{len(self.train):,} training and {len(self.validation):,} validation images {size}"
         where = str(self.device) if self.world.size == 1 else f"{self.world.size} processes, {self.device.type}"
@@ -238,13 +230,13 @@ class Run:
             self.console.print(f"nothing left to train after {self.steps} steps: give more --epochs or --steps")
         with Bar(self.console, self.epochs) as bar:
             while self.step < self.steps:
-                row = self._train_epoch(bar)
+                row = self._train_epoch(bar, stop)
                 row["validation"] = self.world.from_first(self._validate() if self.world.first else None)
                 self._check_finite(row["validation"], f"validation after epoch {row['epoch']}")
                 self._finish_epoch(row)
                 bar.log(row, self.model.objective)
 
-    def _train_epoch(self, bar: Bar) -> dict[str, Any]:
+    def _train_epoch(self, bar: Bar, stop: Stop) -> dict[str, Any]:
         """The rest of the epoch in which ``step`` lies."""
         epoch, skip = divmod(self.step, len(self.batches))
         order = self._order(epoch)
@@ -256,6 +248,7 @@ class Run:
         bar.start_epoch(epoch, sum(sizes))
         shares = [self.world.shard(b) for b in batches]
         for i, (x, target) in enumerate(self.train(shares)):
+            stop.check()
             share = len(x) / sizes[i] if self.world.size > 1 else 1.0
             pending.append(self.take_step(x, target, sizes[i], first + i, self.steps) * share)
             seen += sizes[i]
@@ -391,20 +384,3 @@ class Run:
             },
         }
         write_atomic(self.out / "config.json", (json.dumps(about, indent=2) + "\n").encode())
-
-
-@contextlib.contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """SIGTERM ends training as Ctrl-C does. Signals can be handled in the main thread only."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(signum: int, frame: object) -> None:
-        raise Interrupted("SIGTERM", signum)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
