@@ -65,6 +65,8 @@ def test_what_is_wrong_or_missing_is_said():
     for row, status in zip(run["rows"], ["red"] * 4 + ["error", "missing"], strict=False):
         row["status"], row["results"]["aeup"]["reason"] = status, "off by 1"
     run["rows"][6]["contended"] = True
+    assert "**Out of time: 1 of 204 rows were not measured.**" in readme.section([run]).replace("\n", " ")
+    run["stopped_by"] = 2
     text = readme.section([run]).replace("\n", " ")
     assert f"**Wrong: `{run['rows'][2]['id']}` (off by 1).**" in text and "**Wrong too: 2 more rows.**" in text
     assert "**Interrupted: 1 of 204 rows were not measured.**" in text and "took the CPU: 1 of 204 rows." in text

@@ -201,7 +201,7 @@ def test_command_rejects_wrong_filters(tmp_path, more, word):
 
 def test_command_checks_the_output_path_first(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr("aeup.bench.cli.run", lambda *a: pytest.fail("measured before the path was checked"))
+    monkeypatch.setattr("aeup.bench.session.run", lambda *a: pytest.fail("measured before the path was checked"))
     result = invoke(tmp_path / "file" / "out.json")
     assert result.exit_code == 2 and "out.json" in result.output
 

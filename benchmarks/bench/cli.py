@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import pathlib
 import signal
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import click
 import torch
+from click.core import ParameterSource
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from . import conv_transpose2d, interpolate, models, readme, upsample_conv2d
 from . import tune as tuning
 from .compare import against
-from .harness import Row, Settings, run
-from .machine import environment, measure_machine
+from .everything import measure_everything
+from .harness import Settings
+from .machine import environment
 from .page import make_page
 from .peers import BACKENDS, available
 from .report import Report, read_run, write_whole
+from .session import COLUMNS, conduct, sigterm_as_interrupt, writable
 from .timing import CLOCKS
 from .workload import Operator
 
@@ -31,7 +31,7 @@ OPERATORS: tuple[Operator, ...] = (
     upsample_conv2d.OPERATOR,
     models.OPERATOR,
 )
-WRITE_SECONDS = 2  # what was measured is on the disk at most so much later
+RUNS = pathlib.Path("runs") / "bench"
 AXES_HELP = {
     "set": "Workloads: main (default) or those of real models. Repeatable, as are the other filters.",
     "shape": "Only these shapes.",
@@ -49,25 +49,26 @@ class _Bench(click.Group):
         return super().parse_args(ctx, ["tune", *args[1:]] if args[:1] == ["--tune"] else args)
 
 
-@click.group(cls=_Bench)
-def bench() -> None:
-    """Measure aeup against its peers; every result is checked before it is timed."""
+@click.group(cls=_Bench, invoke_without_command=True)
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--minutes", type=click.FloatRange(0, min_open=True), default=9, show_default=True, help="At most.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: torch's.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=pathlib.Path), default=RUNS, show_default=True)
+@click.pass_context
+def bench(ctx: click.Context, device: str, minutes: float, threads: int | None, out: pathlib.Path) -> None:
+    """Measure aeup against its peers; every result is checked before it is timed.
 
-
-@contextmanager
-def _sigterm_as_interrupt() -> Iterator[list[int]]:
-    """SIGTERM raises KeyboardInterrupt, as Ctrl-C does; the list then holds its number."""
-    caught: list[int] = []
-
-    def stop(number: int, frame: object) -> None:
-        caught.append(number)
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield caught
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    Without a command: every op and whole models, as many of their rows as the minutes allow, chosen at random. Prints a
+    summary and writes a JSON file for each and one page into the folder --out. Exit code 1 if a result is wrong, 130 or
+    143 if stopped (Ctrl-C, SIGTERM); what was measured is kept. The options are for this."""
+    if ctx.invoked_subcommand is None:
+        torch.set_num_threads(threads or torch.get_num_threads())
+        console = Console()
+        console = console if console.is_terminal else Console(width=140)
+        raise SystemExit(measure_everything(OPERATORS, _device(device), minutes, out, console))
+    given = [p.opts[0] for p in ctx.command.params if ctx.get_parameter_source(p.name) is ParameterSource.COMMANDLINE]
+    if given:
+        raise click.UsageError(f"{', '.join(given)} before {ctx.invoked_subcommand}: put a command's options after it")
 
 
 class _Percent(click.ParamType):
@@ -193,7 +194,7 @@ def _measure(
     settings = Settings(device, min_time, retries=retries, eager=operator.eager, clock=clock, **rounds)
     torch.set_num_threads(threads or torch.get_num_threads())
     peers, gaps = available(operator, device, device != "cpu" if compiled is None else compiled, backend)
-    path = json_path or pathlib.Path("runs/bench") / f"{operator.name}-{device}.json"
+    path = json_path or RUNS / f"{operator.name}-{device}.json"
     options = filters | dict(directions=directions, backend=backend, retries=retries)
     options |= dict(compiled=compiled, threads=threads, min_time=min_time, clock=clock, quick=quick)
     report = Report(operator, [], environment(device), gaps, settings, options)
@@ -206,37 +207,8 @@ def _measure(
         except ValueError as error:
             raise click.BadParameter(str(error), param_hint="--compare") from None
     started = time.monotonic()
-    try:  # a path that cannot be written is found out before the work, not after
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise click.BadParameter(f"{path}: {error.strerror}", param_hint="--json") from None
-
-    if device != "cpu" and any(case.flops(d) for case in cases for d in case.directions if d in chosen):
-        report.machine = measure_machine(device, (case.dtype for case in cases))
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with (
-        Progress(*columns, console=Console(stderr=True), transient=True) as progress,
-        _sigterm_as_interrupt() as caught,
-    ):
-        task = progress.add_task("", total=count)
-        written = time.monotonic()
-
-        def before(row: Row) -> None:
-            progress.update(task, description=row.id)
-
-        def after(rows: list[Row]) -> None:
-            nonlocal written
-            progress.advance(task)
-            report.rows = rows
-            if time.monotonic() - written > WRITE_SECONDS:
-                report.write(path)
-                written = time.monotonic()
-
-        report.rows, stopped = run(cases, chosen, peers, settings, before, after, report.machine)
-    report.stopped_by = (caught or [int(signal.SIGINT)])[0] if stopped else None
-    report.write(path)
-    write_whole(path.with_suffix(".html"), make_page([report.to_json()]))
+    writable(path.parent, path, "--json")
+    conduct(report, cases, chosen, peers, path)
     console = Console()
     if not console.is_terminal:
         console = Console(width=260 if report.eager else 160)
@@ -251,12 +223,12 @@ for _operator in OPERATORS:
 
 @bench.command()
 @click.argument("runs", nargs=-1, type=click.Path(exists=True, dir_okay=False, path_type=pathlib.Path))
-@click.option("--out", type=click.Path(dir_okay=False, path_type=pathlib.Path), default="runs/bench/report.html")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=pathlib.Path), default=RUNS / "report.html")
 def page(runs: tuple[pathlib.Path, ...], out: pathlib.Path) -> None:
     """Write one page of several runs (default: the JSON files in runs/bench)."""
-    runs = runs or tuple(sorted(pathlib.Path("runs/bench").glob("*.json")))
+    runs = runs or tuple(sorted(RUNS.glob("*.json")))
     if not runs:
-        raise click.UsageError("runs/bench has no JSON file: measure first, or name the files")
+        raise click.UsageError(f"{RUNS} has no JSON file: measure first, or name the files")
     try:
         text = make_page([read_run(path) for path in runs])
     except ValueError as error:
@@ -283,11 +255,7 @@ def tune(device, ops, minutes, min_time, fresh, threads) -> None:
     goes on where the first one ended. Exit code 1 if a result is wrong, 130 or 143 if stopped (Ctrl-C, SIGTERM); what
     was measured is kept. The same as: aeup bench --tune."""
     torch.set_num_threads(threads or torch.get_num_threads())
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with (
-        Progress(*columns, console=Console(stderr=True), transient=True) as progress,
-        _sigterm_as_interrupt() as caught,
-    ):
+    with Progress(*COLUMNS, console=Console(stderr=True), transient=True) as progress, sigterm_as_interrupt() as caught:
         bar = progress.add_task("planning", total=None)
 
         def step(name: str, done: int, total: int) -> None:

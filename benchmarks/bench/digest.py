@@ -72,6 +72,13 @@ def wrong(run: dict) -> list[dict]:
     return [row for row in run["rows"] if row["status"] in ("red", "error")]
 
 
+def unmeasured(run: dict) -> str:
+    """How many rows have no figure since the run was stopped, or its time was up; empty if none."""
+    missing = sum(1 for row in run["rows"] if row["status"] == "missing")
+    why = "interrupted" if run["stopped_by"] else "out of time"
+    return f"{why}: {missing} of {len(run['rows'])} rows were not measured" if missing else ""
+
+
 def lost(rows: Iterable[dict]) -> list[dict]:
     """Those that lose to a peer, the worst first."""
     return sorted((row for row in rows if (to_best(row) or 1) < 1), key=to_best)

@@ -10,6 +10,8 @@ same rotation. How the clock is read: see `timing`.
 from __future__ import annotations
 
 import math
+import random
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -220,15 +222,24 @@ def run(
     before: Callable[[Row], None] = lambda row: None,
     after: Callable[[list[Row]], None] = lambda rows: None,
     machine: Machine | None = None,
+    until: float | None = None,
 ) -> tuple[list[Row], bool]:
     """Measure all cases. Returns a row for each, those not reached with status "missing", and whether it was
-    interrupted (KeyboardInterrupt). `before` gets the row that comes next, `after` all rows after each one."""
+    interrupted (KeyboardInterrupt). `before` gets the row that comes next, `after` all rows after each one. `until`: no
+    row begins after this time (time.monotonic), and the cases come in random order, always the same."""
     if sum(p.subject for p in peers) != 1:
         raise ValueError(f"peers: expected exactly one subject, got {[p.name for p in peers if p.subject]}")
     subject = next(p.name for p in peers if p.subject)
     rows = [Row(case, d, subject) for case in cases for d in directions if d in case.directions]
+    order = list(range(len(rows)))
+    if until is not None:
+        place = dict(zip(cases, random.Random(s.seed).sample(range(len(cases)), len(cases)), strict=True))
+        order.sort(key=lambda i: place[rows[i].case])
     try:
-        for i, row in enumerate(rows):
+        for i in order:
+            if until is not None and time.monotonic() > until:
+                break
+            row = rows[i]
             before(row)
             try:
                 rows[i] = measure(row.case, row.direction, peers, s, machine)

@@ -10,7 +10,21 @@ from dataclasses import dataclass
 from html import escape
 
 from . import plots
-from .digest import counts, digests, is_gpu, keys, lost, ratios, seconds, spread, subject, to_best, values, wrong
+from .digest import (
+    counts,
+    digests,
+    is_gpu,
+    keys,
+    lost,
+    ratios,
+    seconds,
+    spread,
+    subject,
+    to_best,
+    unmeasured,
+    values,
+    wrong,
+)
 from .report import geometric_mean
 
 SERIES = ("bf16", "fp32", "tf32", "fp16")  # the same colours and order in every plot
@@ -319,8 +333,8 @@ def _headline(run: dict) -> str:
             words.append(f"{mean:.2f} times as fast as {name}")
     if all_rows.busy:
         words.append(f"{all_rows.busy} busy: other programs took the CPU, so these rows are in no mean and no plot")
-    if not run["complete"]:
-        words.append("interrupted: the rows called missing were not measured")
+    if missing := unmeasured(run):
+        words.append(missing)
     return "; ".join(words)
 
 

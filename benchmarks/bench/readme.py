@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import click
 
 from . import plots
-from .digest import Digest, counts, digests, is_gpu, ratios, spread, subject, to_best, wrong
+from .digest import Digest, counts, digests, is_gpu, ratios, spread, subject, to_best, unmeasured, wrong
 from .report import NOISY, read_run, write_whole
 
 BEGIN, END = "<!-- written by aeup bench readme -->", "<!-- end of what aeup bench readme wrote -->"
@@ -44,6 +44,8 @@ def store(run: dict, folder: pathlib.Path) -> pathlib.Path:
 def command(run: dict) -> str:
     """What measures it again."""
     options, settings = run["options"], run["method"]["settings"]
+    if "minutes" in options:
+        return f"aeup bench --device {run['environment']['device_type']} --minutes {options['minutes']:g}"
     words = ["aeup bench", run["kind"], "--device", run["environment"]["device_type"]]
     for plural, chosen in options.items():
         if isinstance(chosen, list):
@@ -93,10 +95,10 @@ def _words(run: dict) -> str:
     commit = f"commit {env['commit'][:12]}" if env.get("commit") else "commit unknown"
     commit += " with changes" * bool(env.get("dirty")) + (f" ({env['note']})" if env.get("note") else "")
     lines = [f"Measured on {env['date'][:10]} with {', '.join(filter(None, versions))}; {commit}."]
-    rows, bad, missing = len(run["rows"]), wrong(run), sum(1 for row in run["rows"] if row["status"] == "missing")
+    rows, bad, missing = len(run["rows"]), wrong(run), unmeasured(run)
     lines += [f"**Wrong: `{row['id']}` ({subject(row)['reason']}).**" for row in bad[:WRONG]]
     lines += [f"**Wrong too: {len(bad) - WRONG} more rows.**"] if len(bad) > WRONG else []
-    lines += [f"**Interrupted: {missing} of {rows} rows were not measured.**"] if missing else []
+    lines += [f"**{missing[0].upper()}{missing[1:]}.**"] if missing else []
     lines += [f"Left out, since other programs took the CPU: {whole.busy} of {rows} rows."] if whole.busy else []
     noisy = sum(1 for row in run["rows"] if counts(row) and (spread(subject(row)) or 0) > NOISY)
     lines += [f"Noisy, with a spread above {NOISY:.0%}: {noisy} of {rows} rows."] if noisy else []
