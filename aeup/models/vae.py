@@ -88,7 +88,7 @@ class VAE(Model):
     def draw(self, mu: Tensor, log_var: Tensor) -> tuple[Tensor, Tensor]:
         """A sample z_0 [N, latent_dim] of the Gaussian, and its noise, from torch's default generator."""
         eps = torch.randn_like(mu)
-        return torch.addcmul(mu, torch.exp(0.5 * log_var), eps), eps
+        return mu + torch.exp(0.5 * log_var) * eps, eps
 
     def flowed(self, z0: Tensor, context: Tensor) -> tuple[Tensor, Tensor | float]:
         """z [N, latent_dim], to which the flow takes z_0, and what it adds to log q(z|x) - log p(z), [N]. Without a
@@ -130,7 +130,7 @@ class VAE(Model):
         mu, log_var, context = self.posterior(x)
         z, added = self.flowed(self.draw(mu, log_var)[0], context)
         reconstruction = self.nats(self.decode(z), x).sum() / len(x)
-        kl = torch.addcmul(log_var.expm1() - log_var, mu, mu).sum() * (0.5 / len(x))
+        kl = (log_var.expm1() - log_var + mu.square()).sum() * (0.5 / len(x))
         if self.flow is not None:
             kl = kl + added.sum() / len(x)
         return {
