@@ -58,9 +58,9 @@ class _Bench(click.Group):
 def bench(ctx: click.Context, device: str, minutes: float, threads: int | None, out: pathlib.Path) -> None:
     """Measure aeup against its peers; every result is checked before it is timed.
 
-    Without a command: every op and whole models, as many of their rows as the minutes allow, chosen at random. Prints a
-    summary and writes a JSON file for each and one page into the folder --out. Exit code 1 if a result is wrong, 130 or
-    143 if stopped (Ctrl-C, SIGTERM); what was measured is kept. The options are for this."""
+    Without a command: every op and whole models, as many of their shapes as the minutes allow, chosen at random. Prints
+    a summary and writes a JSON file for each and one page into the folder --out. Exit code 1 if a result is wrong, 130
+    or 143 if stopped (Ctrl-C, SIGTERM); what was measured is kept. The options are for this."""
     if ctx.invoked_subcommand is None:
         torch.set_num_threads(threads or torch.get_num_threads())
         console = Console()

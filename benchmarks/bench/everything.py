@@ -29,8 +29,8 @@ def measure_everything(
     operators: Sequence[Operator], device: str, minutes: float, folder: pathlib.Path, console: Console
 ) -> int:
     """Measure the default rows of each operator, for `minutes` in all, and print a summary. Each operator has an equal
-    share of the time that is left when its turn comes; its cases come in random order, so that those that the time does
-    not reach are a random part of them. Writes a JSON file for each and one page. Returns the exit code."""
+    share of the time that is left when its turn comes. Its shapes come in random order: those that the time does not
+    reach are a random part of them. Writes a JSON file for each and one page. Returns the exit code."""
     writable(folder, folder, "--out")
     end, runs, code = time.monotonic() + 60 * minutes, [], 0
     for i, operator in enumerate(operators):

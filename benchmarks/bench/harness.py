@@ -226,15 +226,17 @@ def run(
 ) -> tuple[list[Row], bool]:
     """Measure all cases. Returns a row for each, those not reached with status "missing", and whether it was
     interrupted (KeyboardInterrupt). `before` gets the row that comes next, `after` all rows after each one. `until`: no
-    row begins after this time (time.monotonic), and the cases come in random order, always the same."""
+    row begins after this time (time.monotonic), and the shapes come in random order, always the same; the cases of one
+    stay together, since they share data."""
     if sum(p.subject for p in peers) != 1:
         raise ValueError(f"peers: expected exactly one subject, got {[p.name for p in peers if p.subject]}")
     subject = next(p.name for p in peers if p.subject)
     rows = [Row(case, d, subject) for case in cases for d in directions if d in case.directions]
     order = list(range(len(rows)))
     if until is not None:
-        place = dict(zip(cases, random.Random(s.seed).sample(range(len(cases)), len(cases)), strict=True))
-        order.sort(key=lambda i: place[rows[i].case])
+        shapes = list(dict.fromkeys(case.shape for case in cases))
+        random.Random(s.seed).shuffle(shapes)
+        order.sort(key=lambda i: shapes.index(rows[i].case.shape))
     try:
         for i in order:
             if until is not None and time.monotonic() > until:
