@@ -82,6 +82,15 @@ def test_float(hopper, case):  # noqa: F811
     check(hopper, case, F32, *LAYOUTS["nhwc"], "hopper_float", tf32=True)
 
 
+@pytest.mark.parametrize("kernel, stride", [((8, 16), (4, 16)), ((8, 9), (1, 33)), ((8, 8), (1, 1))], ids=str)
+def test_one_input_row_and_many_phases(hopper, kernel, stride):  # noqa: F811
+    """With one input row the stride is the kernel's extent, but for more phases than there are groups."""
+    for width in (1, 3):
+        case = Case((1, 16, 1, width), 16, kernel, stride, (0, 0))
+        check(hopper, case, BF16, *LAYOUTS["nhwc"], "hopper", (FORWARD,), "relu")
+        check(hopper, case, F32, *LAYOUTS["nhwc"], "hopper_float", (FORWARD,))
+
+
 TILED = Case((2, 20, 7, 11), 70, (3, 3), (2, 2), (1, 1), (1, 1))  # several tiles whatever their size
 BACK = Case((2, 70, 7, 11), 20, (3, 3), (2, 2), (1, 1), (1, 1))
 ALIKE = Case((2, 20, 7, 11), 40)  # as many taps in each phase, and few enough channels for phases as columns
