@@ -130,6 +130,19 @@ def test_half_words(hopper):  # noqa: F811
         check(hopper, Case((1, 36, 3, 4), 18, (4, 4), (4, 4), (0, 0)), BF16, *nhwc, "hopper", (FORWARD,))
 
 
+def test_input_gradient_where_the_output_lacks_phases(hopper):  # noqa: F811
+    """Strides longer than the output: few kernel indices meet it, or none; a range of the sum must not be empty."""
+    cases = (
+        Case((3, 20, 1, 1), 40, (2, 6), (4, 3), (2, 0), (3, 0), 1, (1, 2)),
+        Case((3, 20, 1, 1), 40, (1, 8), (1, 8), (0, 4), (0, 1)),
+        Case((3, 20, 2, 2), 40, (8, 1), (2, 8), (2, 2), (1, 0), 1, (3, 1)),
+    )
+    for case in cases:
+        for layout in ("nchw", "nhwc"):
+            check(hopper, case, BF16, *LAYOUTS[layout], "hopper", (INPUT_GRADIENT,))
+            check(hopper, case, F32, *LAYOUTS[layout], "hopper_float", (INPUT_GRADIENT,))
+
+
 def test_input_gradient_in_several_ranges(hopper):  # noqa: F811
     """The sum over taps and channels is split; a second kernel adds the parts, and turns them round for NCHW."""
     short, long = Case((2, 20, 7, 11), 70), Case((3, 70, 1, 1), 200, (2, 3), (1, 1), (0, 0))

@@ -189,8 +189,16 @@ Choice plan_forward(const Convolution& c) {
   return best;
 }
 
+// How many kernel indices of an axis meet output at all: those whose phase has a pixel.
+int reaching(int k, int s, int p, int d, int64_t out) {
+  int count = 0;
+  for (int i = 0; i < k; ++i) count += (d * i - p) - floor_div(d * i - p, s) * s < out;
+  return count;
+}
+
 Choice plan_input_gradient(const Convolution& c) {
-  const Work work = work_of(c, c.co, int64_t(c.kh) * c.kw);
+  const int taps = reaching(c.kh, c.sh, c.ph, c.dh, c.oh) * reaching(c.kw, c.sw, c.pw, c.dw, c.ow);
+  const Work work = work_of(c, c.co, max(taps, 1));
   Choice best;
   if (!c.channels_last) best = plan_turned(c.n, c.ih, c.iw, c.ci, 1, 1, work, false);
   const double elements = double(c.n * c.ih * c.iw * c.ci);
@@ -319,6 +327,7 @@ const char* launch_input_gradient(const Convolution& c, const void* grad, const 
       const int fh = floor_div(h, c.sh), fw = floor_div(width, c.sw), a = h - fh * c.sh, b = width - fw * c.sw;
       if (a < c.oh && b < c.ow) p.tap[taps++] = {i * c.kw + j, a * c.sw + b, fh, fw};
     }
+  if (taps == 0) p.tap[taps++] = {kNoWeight, 0, 0, 0};  // nothing reaches the output: zeros
   {
     const int64_t size[3] = {co8, c.ci, int64_t(c.kh) * c.kw}, stride[2] = {w_channel, w_tap};
     const int weights[3] = {64, bn < 64 ? 64 : bn, 1};
