@@ -27,6 +27,13 @@ def place(blocks, BC: tl.constexpr, IDX64: tl.constexpr):
 
 
 @triton.jit
+def elements(vectors, V: tl.constexpr, IDX64: tl.constexpr):
+    if IDX64:
+        vectors = vectors.to(tl.int64)
+    return vectors * V
+
+
+@triton.jit
 def tile(first, c, pixels, plane, channels, PV: tl.constexpr, NHWC: tl.constexpr, BM: tl.constexpr):
     """Offsets of the positions from `first` on, and whether they are in the tensor: [BM, BC], or in NCHW [BC, BM]."""
     lane = tl.arange(0, BM)
@@ -111,7 +118,7 @@ def statistics(
     most 1 + steps times those from the mean of the range, so that little cancels, wherever the mean is.
     """
     P: tl.constexpr = 0 if NHWC else 1  # the axis of positions
-    pixels = pixels * PV
+    pixels = elements(pixels, PV, IDX64)
     plane = plane * PV
     channels = channels * CV
     c, s = place(blocks, BC, IDX64)
@@ -180,7 +187,7 @@ def normalise(
     follow; else they are the running ones. COUNTS: the batch is counted.
     """
     P: tl.constexpr = 0 if NHWC else 1
-    pixels = pixels * PV
+    pixels = elements(pixels, PV, IDX64)
     plane = plane * PV
     channels = channels * CV
     c, s = place(blocks, BC, IDX64)
@@ -220,7 +227,7 @@ def sum_gradients(
     """part [ranges, 2, channels]: of each range, the sums of the gradient before the activation, and of it times
     (x - mean)."""
     P: tl.constexpr = 0 if NHWC else 1
-    pixels = pixels * PV
+    pixels = elements(pixels, PV, IDX64)
     plane = plane * PV
     channels = channels * CV
     c, s = place(blocks, BC, IDX64)
@@ -257,7 +264,7 @@ def input_gradient(
     scale * (g - mean(g) - x^ * mean(g * x^)), or outside TRAINING scale * g (Ioffe & Szegedy, 2015, section 3).
     """
     P: tl.constexpr = 0 if NHWC else 1
-    pixels = pixels * PV
+    pixels = elements(pixels, PV, IDX64)
     plane = plane * PV
     channels = channels * CV
     c, s = place(blocks, BC, IDX64)
