@@ -143,6 +143,14 @@ def test_input_gradient_where_the_output_lacks_phases(hopper):  # noqa: F811
             check(hopper, case, F32, *LAYOUTS[layout], "hopper_float", (INPUT_GRADIENT,))
 
 
+def test_weight_gradient_of_an_image_that_is_padded_away(hopper):  # noqa: F811
+    small, large = (Case((1, 16, n, n), 16, (1, 1), (2, 2), (n - 1, 0), (0, 0)) for n in (64, 65))
+    for dtype, family in ((BF16, "hopper"), (F32, "hopper_float")):
+        check(hopper, small, dtype, *LAYOUTS["nhwc"], family, (WEIGHT_GRADIENT,))
+        with pytest.raises(RuntimeError, match="an output shorter than the stride"):
+            check(hopper, large, dtype, *LAYOUTS["nhwc"], family, (WEIGHT_GRADIENT,))
+
+
 def test_input_gradient_in_several_ranges(hopper):  # noqa: F811
     """The sum over taps and channels is split; a second kernel adds the parts, and turns them round for NCHW."""
     short, long = Case((2, 20, 7, 11), 70), Case((3, 70, 1, 1), 200, (2, 3), (1, 1), (0, 0))

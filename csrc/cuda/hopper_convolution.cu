@@ -392,6 +392,9 @@ const char* refuses(const Convolution& c, Pass pass, int major, int) {
   if (c.sh * c.sw > (pass == Pass::forward ? kGemmGroups : kGemmMaps)) return "the stride has too many phases";
   const int reach_h = (c.dh * c.kh + c.ph) / c.sh + 2, reach_w = (c.dw * c.kw + c.pw) / c.sw + 2;
   if (reach_h > 120 || reach_w > 120) return "kernel, dilation or padding is too long for the stride";
+  // A kernel index that meets no output takes the box 128 pixels before: that must be outside, whatever the tile.
+  if (pass == Pass::weight_gradient && (c.oh < c.sh || c.ow < c.sw) && c.ih > 64 && c.iw > 64)
+    return "padding leaves an output shorter than the stride";
   const int64_t most = 1 << 30;
   if (c.n * c.ih * c.iw >= most || c.n * c.oh * c.ow >= most || c.ci >= 65536 || c.co >= 65536)
     return "2^30 pixels or 2^16 channels";
