@@ -115,6 +115,19 @@ def test_activations(emulated, activation):  # noqa: F811
             check(emulated, (2, 3, 2, 8), dtype, False, activation, training)
 
 
+@pytest.mark.parametrize("shape", [(2, 16, 3, 8), (2, 5, 3, 3)], ids=["vectors", "elements"])
+def test_relu_is_flat_for_an_infinite_gradient(emulated, shape):  # noqa: F811
+    x, grad, weight, bias, mean, var = problem(shape, F32, False)
+    want = exact(x, weight, bias, grad, mean, var, False, "relu")
+    flat = want[0] == 0
+    want = exact(x, weight, bias, grad.masked_fill(flat, 0), mean, var, False, "relu")[5:]
+    how = dict(channels_last=False, training=False, activation="relu", blocks=3)
+    statistics = mean, 1 / (var + EPS).sqrt()
+    grad = grad.masked_fill(flat, torch.inf)
+    for found, expected in zip(run_backward(emulated, x, grad, *statistics, weight, bias, **how), want, strict=True):
+        close(found, expected, F32, 100)
+
+
 @pytest.mark.parametrize("nhwc", [False, True], ids=LAYOUTS)
 def test_gradients_that_are_not_wanted(emulated, nhwc):  # noqa: F811
     for training in (False, True):

@@ -261,6 +261,22 @@ def test_epilogue_that_turns_to_channels_last(emulated, dtype):  # noqa: F811
     check_epilogue(emulated, (7, 300, 4, 4), dtype, False, "tanh", pitch=304, result_offset=vector)
 
 
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
+def test_epilogue_of_nan_and_infinity(emulated, activation):  # noqa: F811
+    """What the activation lets through is torch's, whatever the gradient."""
+    of = torch.tensor([math.nan, math.inf, -math.inf, -1.0, -0.0, 0.0, 2.0])
+    output, grad = (t.contiguous() for t in torch.cartesian_prod(of, of).T.view(2, 1, 7, 7, 1))
+    aten = torch.ops.aten
+    relu = activation == "relu"
+    want = aten.threshold_backward(grad, output, 0) if relu else aten.leaky_relu_backward(grad, output, SLOPE, True)
+    for how in (dict(channels_last=False), dict(channels_last=True), dict(pitch=8)):
+        given = [
+            t.contiguous(memory_format=torch.channels_last) if how.get("channels_last") else t for t in (grad, output)
+        ]
+        got, _ = run_epilogue(emulated, *given, activation, SLOPE, bias=False, **how)
+        torch.testing.assert_close(got[:, :7], want, rtol=0, atol=0, equal_nan=True, check_stride=False)
+
+
 def test_epilogue_refuses_rows_off_alignment(emulated):  # noqa: F811
     for dtype, pitch, offset in ((BF16, 12, 0), (F32, 16, 2), (F32, 8, 0), (F64, 16, 0)):
         with pytest.raises(RuntimeError, match="channels-last rows"):

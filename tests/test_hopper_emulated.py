@@ -82,6 +82,15 @@ def test_float(hopper, case):  # noqa: F811
     check(hopper, case, F32, *LAYOUTS["nhwc"], "hopper_float", tf32=True)
 
 
+@pytest.mark.parametrize("kernel, stride", [((8, 16), (4, 16)), ((8, 9), (1, 33)), ((8, 8), (1, 1))], ids=str)
+def test_one_input_row_and_many_phases(hopper, kernel, stride):  # noqa: F811
+    """With one input row the stride is the kernel's extent, but for more phases than there are groups."""
+    for width in (1, 3):
+        case = Case((1, 16, 1, width), 16, kernel, stride, (0, 0))
+        check(hopper, case, BF16, *LAYOUTS["nhwc"], "hopper", (FORWARD,), "relu")
+        check(hopper, case, F32, *LAYOUTS["nhwc"], "hopper_float", (FORWARD,))
+
+
 TILED = Case((2, 20, 7, 11), 70, (3, 3), (2, 2), (1, 1), (1, 1))  # several tiles whatever their size
 BACK = Case((2, 70, 7, 11), 20, (3, 3), (2, 2), (1, 1), (1, 1))
 ALIKE = Case((2, 20, 7, 11), 40)  # as many taps in each phase, and few enough channels for phases as columns
@@ -119,6 +128,27 @@ def test_half_words(hopper):  # noqa: F811
     with configured(0, COLUMNS):
         check(hopper, Case((1, 21, 3, 4), 21, (16, 16), (8, 8), (4, 4)), BF16, *nhwc, "hopper", (FORWARD,))
         check(hopper, Case((1, 36, 3, 4), 18, (4, 4), (4, 4), (0, 0)), BF16, *nhwc, "hopper", (FORWARD,))
+
+
+def test_input_gradient_where_the_output_lacks_phases(hopper):  # noqa: F811
+    """Strides longer than the output: few kernel indices meet it, or none; a range of the sum must not be empty."""
+    cases = (
+        Case((3, 20, 1, 1), 40, (2, 6), (4, 3), (2, 0), (3, 0), 1, (1, 2)),
+        Case((3, 20, 1, 1), 40, (1, 8), (1, 8), (0, 4), (0, 1)),
+        Case((3, 20, 2, 2), 40, (8, 1), (2, 8), (2, 2), (1, 0), 1, (3, 1)),
+    )
+    for case in cases:
+        for layout in ("nchw", "nhwc"):
+            check(hopper, case, BF16, *LAYOUTS[layout], "hopper", (INPUT_GRADIENT,))
+            check(hopper, case, F32, *LAYOUTS[layout], "hopper_float", (INPUT_GRADIENT,))
+
+
+def test_weight_gradient_of_an_image_that_is_padded_away(hopper):  # noqa: F811
+    small, large = (Case((1, 16, n, n), 16, (1, 1), (2, 2), (n - 1, 0), (0, 0)) for n in (64, 65))
+    for dtype, family in ((BF16, "hopper"), (F32, "hopper_float")):
+        check(hopper, small, dtype, *LAYOUTS["nhwc"], family, (WEIGHT_GRADIENT,))
+        with pytest.raises(RuntimeError, match="an output shorter than the stride"):
+            check(hopper, large, dtype, *LAYOUTS["nhwc"], family, (WEIGHT_GRADIENT,))
 
 
 def test_input_gradient_in_several_ranges(hopper):  # noqa: F811

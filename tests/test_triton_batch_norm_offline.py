@@ -21,6 +21,7 @@ OTHERS = [
     ((4, 2053, 6, "bf16", True), "fp32", 0),
     ((256, 64, 1 << 18, "bf16", True), "fp32", 3),  # 64-bit offsets
     ((256, 64, 1 << 18, "fp32", False), "fp32", 1),
+    ((1 << 13, 2, 1 << 18, "bf16", False), "fp32", 1),  # 2^31 pixels, a number of vectors of 32 bits
 ]
 BUFFERS = "weight", "bias", "running_mean", "running_var", "dweight", "dbias"
 
@@ -46,6 +47,7 @@ def compile_all(arch, cases):
                 row["stores"] = "st.global.v4.b32" in asm["ptx"]
                 tile = [launch.constants[name] for name in (("BM", "BC") if sizes[4] else ("BC", "BM"))]
                 row["moved"] = bool(re.search(r"convert_layout .*-> tensor<{}x{}x".format(*tile), asm["ttgir"]))
+                row["pixels"] = "arith.muli %pixels" not in asm["ttir"] or sizes[0] * sizes[2] < 1 << 31
                 report(row)
 
 
@@ -58,6 +60,7 @@ def test_cubins(arch, tmp_path):
         assert row["arch"] == arch and row["elf"], row
         assert row["shared"] <= 99 << 10, f"more shared memory than the smallest GPU has: {row}"
         assert row["stack"] == 0, f"spills: {row}"
+        assert row["pixels"], f"the number of pixels is multiplied in 32 bits: {row}"
         if row["main"]:
             assert not row["moved"], f"tiles go through shared memory once more: {row}"
             assert row["copies"] == ["0x10"], f"no 16-byte copies: {row}"

@@ -229,6 +229,18 @@ def test_nan_and_infinity():
         torch.testing.assert_close(got, want, equal_nan=True, msg=str(activation))
 
 
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
+def test_gradients_of_nan_and_infinity(activation):
+    """What the activation lets through is torch's, whatever the gradient."""
+    of = torch.tensor([torch.nan, torch.inf, -torch.inf, -1.0, -0.0, 0.0, 2.0])
+    y, grad = (t.contiguous() for t in torch.cartesian_prod(of, of).T.view(2, 1, 7, 7, 1))
+    aten = torch.ops.aten
+    relu = activation == "relu"
+    want = aten.threshold_backward(grad, y, 0) if relu else aten.leaky_relu_backward(grad, y, 0.3, True)
+    got, _ = host.conv_epilogue_gradient(grad.to(DEVICE), y.to(DEVICE), activation, 0.3, False)
+    torch.testing.assert_close(got.cpu(), want, equal_nan=True)
+
+
 def test_views():
     """Offset, strided and expanded tensors."""
     case = Case("k4s2", torch.float32, "nchw")

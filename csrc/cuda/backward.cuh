@@ -127,18 +127,6 @@ AEUP_DEV void fold_edges(float (&acc)[K][N], int r, int in) {
 
 // --- host ---
 
-// Blocks of this kernel that run at the same time, asked for again only when the shape of the block changes.
-template <class Kernel>
-int resident_blocks(Kernel kernel, std::atomic<uint64_t>& known, int block, size_t shared) {
-  const uint64_t key = uint64_t(block) << 32 | uint64_t(shared) << 8;
-  const uint64_t k = known.load(std::memory_order_relaxed);
-  int count = int(k & 255);
-  if ((k & ~uint64_t(255)) != key) {
-    count = blocks_per_multiprocessor(kernel, block, shared);
-    known.store(key | uint64_t(count & 255), std::memory_order_relaxed);
-  }
-  return count * multiprocessors();
-}
 // At most `want` rows, so that the vertical table of twice as many stays below about 20 KiB.
 inline int bounded_rows(const Map& m, int want) {
   const int most = int(512 / (m.per > 1 ? m.per : 1));

@@ -319,7 +319,7 @@ __global__ void __launch_bounds__(stream_threads(NHWC, sizeof(T)), stream_blocks
 
 template <class T, int K, bool NHWC, int NQ, int NE, bool aligned>
 const char* launch_stream(const Problem& p, const StreamPlan& plan, void* stream) {
-  static std::atomic<uint64_t> known{0};
+  static Residents known;
   const auto kernel = stream_rows<T, K, NHWC, NQ, NE, aligned>;
   constexpr int VP = stream_vectors(K, NHWC, sizeof(T)), ring = VP * stream_ring(VP);
   StreamArgs a = plan.a;

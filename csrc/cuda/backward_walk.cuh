@@ -151,7 +151,7 @@ AEUP_DEV constexpr bool x2_edge_differs(int t) {
 // Runs one instance over all planes, in as many launches as its 32-bit thread numbers need.
 template <class S, int D, int MB, int P = 0>
 const char* launch_walk(const Problem& p, WalkArgs a, int want, size_t table, void* stream) {
-  static std::atomic<uint64_t> known{0};
+  static Residents known;
   constexpr int K = S::K;
   const auto kernel = walk_rows<S, D, MB, P>;
   const int64_t planes = planes_of(p), most = max_threads > a.groups ? max_threads / a.groups : 1;

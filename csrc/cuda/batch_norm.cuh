@@ -269,7 +269,8 @@ AEUP_DEV void before_activation(const Norm<T>& p, Acc<T> (&grad)[V], const Acc<T
     const bool of_result = p.activation == Activation::tanh || p.activation == Activation::sigmoid;
 #pragma unroll
     for (int i = 0; i < V; ++i)
-      grad[i] *= derivative(of_result ? smooth_activation(z[i], p.activation) : z[i], p.activation, p.slope);
+      grad[i] =
+          gradient_before(grad[i], of_result ? smooth_activation(z[i], p.activation) : z[i], p.activation, p.slope);
   }
 }
 // The coefficients of a block's channels, set by the threads below their number, and those of a thread's elements.

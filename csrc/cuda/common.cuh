@@ -428,6 +428,25 @@ const char* launch(void (*kernel)(P...), int64_t grid, int block, size_t shared,
   if (grid > kMaxGrid) return "grid too large";
   return launch(kernel, dim3(unsigned(grid)), block, shared, stream, args...);
 }
+// Blocks of this kernel that run at the same time, asked for once per device and shape of the block, as long as
+// `known`, which belongs to the kernel, has room.
+using Residents = std::atomic<uint64_t>[8];
+template <class Kernel>
+int resident_blocks(Kernel kernel, Residents& known, int block, size_t shared) {
+  int device = 0;
+#ifndef AEUP_EMULATE
+  if (cudaGetDevice(&device) != cudaSuccess) device = 0;
+#endif
+  const uint64_t key = uint64_t(block) << 40 | uint64_t(shared) << 16 | uint64_t(device & 255) << 8;
+  std::atomic<uint64_t>& slot = known[key * 0x9e3779b97f4a7c15 >> 61];
+  const uint64_t k = slot.load(std::memory_order_relaxed);
+  int count = int(k & 255);
+  if ((k & ~uint64_t(255)) != key) {
+    count = blocks_per_multiprocessor(kernel, block, shared);
+    slot.store(key | uint64_t(count & 255), std::memory_order_relaxed);
+  }
+  return count * multiprocessors();
+}
 // Usage: AEUP_LAUNCH(kernel, grid, block, shared bytes, stream, args...); returns from the caller on an error.
 #define AEUP_LAUNCH(kernel, grid, block, shared, stream, ...)                                  \
   do {                                                                                         \

@@ -77,7 +77,6 @@ AEUP_DEV S activate(S x, Activation kind, double slope) {
   if (kind == Activation::leaky_relu) return x < S(0) ? x * S(slope) : x;
   return smooth_activation(x, kind);
 }
-// The derivative, from the activation's result (silu, gelu: from its argument).
 template <class S>
 __device__ __noinline__ S smooth_derivative(S v, Activation kind) {
   if (kind == Activation::silu) {
@@ -87,13 +86,15 @@ __device__ __noinline__ S smooth_derivative(S v, Activation kind) {
   const S cdf = S(0.5) * (S(1) + erf(v * S(0.70710678118654752440)));
   return cdf + v * S(0.39894228040143267794) * exp(S(-0.5) * v * v);
 }
+// The gradient before the activation, from the one after it and the activation's result (silu, gelu: its argument). As
+// torch's, relu's is not a product: 0 where the result is, whatever the gradient, and the gradient where that is NaN.
 template <class S>
-AEUP_DEV S derivative(S v, Activation kind, double slope) {
-  if (kind == Activation::relu) return v > S(0) ? S(1) : S(0);
-  if (kind == Activation::leaky_relu) return v > S(0) ? S(1) : S(slope);
-  if (kind == Activation::tanh) return S(1) - v * v;
-  if (kind == Activation::sigmoid) return v * (S(1) - v);
-  return smooth_derivative(v, kind);
+AEUP_DEV S gradient_before(S grad, S v, Activation kind, S slope) {
+  if (kind == Activation::relu) return v <= S(0) ? S(0) : grad;
+  if (kind == Activation::leaky_relu) return v > S(0) ? grad : grad * slope;
+  if (kind == Activation::tanh) return grad * (S(1) - v * v);
+  if (kind == Activation::sigmoid) return grad * (v * (S(1) - v));
+  return grad * smooth_derivative(v, kind);
 }
 
 }  // namespace aeup

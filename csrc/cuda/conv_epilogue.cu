@@ -18,7 +18,7 @@ struct Epilogue {
   T* bias;          // else null
   int64_t c, elements;
   Activation activation;
-  double slope;  // also of relu: 0
+  double slope;
   // flat: threads at work, a multiple of the period of the channels of a vector; threads of a block that add the slots
   // of its shared memory first, a multiple of c where c <= kBlock
   int64_t threads;
@@ -67,11 +67,11 @@ struct Piece {
     using S = Acc<T>;
     grad.unpack(g);
     if (!p.values) return;
+    const auto piecewise = p.activation == Activation::relu ? Activation::relu : Activation::leaky_relu;
     S v[V];
     values.unpack(v);
 #pragma unroll
-    for (int i = 0; i < V; ++i)
-      g[i] *= kPiecewise ? (v[i] > S(0) ? S(1) : slope) : derivative(v[i], p.activation, p.slope);
+    for (int i = 0; i < V; ++i) g[i] = gradient_before(g[i], v[i], kPiecewise ? piecewise : p.activation, slope);
   }
   // Stores what goes on from here, and adds it to sum.
   AEUP_DEV void finish(const Epilogue<T>& p, int64_t at, Acc<T> slope, Acc<T>* sum) {
@@ -356,8 +356,7 @@ Plan<T> plan_of(const EpilogueGradient& e) {
   Epilogue<T>& p = q.p;
   p.grad = static_cast<const T*>(e.grad), p.values = static_cast<const T*>(e.output);
   p.before = static_cast<T*>(e.before);
-  p.c = e.c, p.elements = e.n * e.c * e.pixels, p.activation = e.activation,
-  p.slope = e.activation == Activation::relu ? 0 : e.slope;
+  p.c = e.c, p.elements = e.n * e.c * e.pixels, p.activation = e.activation, p.slope = e.slope;
   p.n = e.n, p.pixels = e.pixels;
   const int64_t most = kPerMultiprocessor * int64_t(multiprocessors());  // all at once
   if ((q.turned = e.pitch != 0)) {

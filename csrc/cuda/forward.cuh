@@ -242,10 +242,9 @@ const char* launch_slide(const Problem& p, const Tuning& tuning, void* stream) {
   using S = Acc<T>;
   const auto kernel = slide<T, K, V, widest_access(V * int(sizeof(T))), kMinBlocks, kStaged, Source, kAhead>;
   const size_t staged = kStaged ? size_t(kThreads) * V * sizeof(T) : 0;
-  static const int resident =
-      blocks_per_multiprocessor(kernel, kThreads, staged + strip_tables_bytes<K, S>(tuning.rows));
+  static Residents known;
   Sliding<S> s = sliding_of<S>(p, V);
-  fit(&s, tuning, int64_t(resident) * multiprocessors());
+  fit(&s, tuning, resident_blocks(kernel, known, kThreads, staged + strip_tables_bytes<K, S>(tuning.rows)));
   AEUP_LAUNCH(kernel, grid_of(s), kThreads, (strip_tables_bytes<K, S>(s.rows) + staged), stream, s);
   return nullptr;
 }
@@ -253,9 +252,9 @@ const char* launch_slide(const Problem& p, const Tuning& tuning, void* stream) {
 template <class T, int V, class Source>
 const char* launch_nearest(const Problem& p, const Tuning& tuning, void* stream) {
   const auto kernel = slide_nearest<T, V, Source>;
-  static const int resident = blocks_per_multiprocessor(kernel, kThreads, 1024);
+  static Residents known;
   Sliding<float> s = sliding_of<float>(p, V);
-  fit(&s, tuning, int64_t(resident) * multiprocessors());
+  fit(&s, tuning, resident_blocks(kernel, known, kThreads, 1024));
   AEUP_LAUNCH(kernel, grid_of(s), kThreads, (size_t(s.rows) + 1) * sizeof(int), stream, s);
   return nullptr;
 }

@@ -189,8 +189,16 @@ Choice plan_forward(const Convolution& c) {
   return best;
 }
 
+// How many kernel indices of an axis meet output at all: those whose phase has a pixel.
+int reaching(int k, int s, int p, int d, int64_t out) {
+  int count = 0;
+  for (int i = 0; i < k; ++i) count += (d * i - p) - floor_div(d * i - p, s) * s < out;
+  return count;
+}
+
 Choice plan_input_gradient(const Convolution& c) {
-  const Work work = work_of(c, c.co, int64_t(c.kh) * c.kw);
+  const int taps = reaching(c.kh, c.sh, c.ph, c.dh, c.oh) * reaching(c.kw, c.sw, c.pw, c.dw, c.ow);
+  const Work work = work_of(c, c.co, max(taps, 1));
   Choice best;
   if (!c.channels_last) best = plan_turned(c.n, c.ih, c.iw, c.ci, 1, 1, work, false);
   const double elements = double(c.n * c.ih * c.iw * c.ci);
@@ -319,6 +327,7 @@ const char* launch_input_gradient(const Convolution& c, const void* grad, const 
       const int fh = floor_div(h, c.sh), fw = floor_div(width, c.sw), a = h - fh * c.sh, b = width - fw * c.sw;
       if (a < c.oh && b < c.ow) p.tap[taps++] = {i * c.kw + j, a * c.sw + b, fh, fw};
     }
+  if (taps == 0) p.tap[taps++] = {kNoWeight, 0, 0, 0};  // nothing reaches the output: zeros
   {
     const int64_t size[3] = {co8, c.ci, int64_t(c.kh) * c.kw}, stride[2] = {w_channel, w_tap};
     const int weights[3] = {64, bn < 64 ? 64 : bn, 1};
@@ -383,6 +392,9 @@ const char* refuses(const Convolution& c, Pass pass, int major, int) {
   if (c.sh * c.sw > (pass == Pass::forward ? kGemmGroups : kGemmMaps)) return "the stride has too many phases";
   const int reach_h = (c.dh * c.kh + c.ph) / c.sh + 2, reach_w = (c.dw * c.kw + c.pw) / c.sw + 2;
   if (reach_h > 120 || reach_w > 120) return "kernel, dilation or padding is too long for the stride";
+  // A kernel index that meets no output takes the box 128 pixels before: that must be outside, whatever the tile.
+  if (pass == Pass::weight_gradient && (c.oh < c.sh || c.ow < c.sw) && c.ih > 64 && c.iw > 64)
+    return "padding leaves an output shorter than the stride";
   const int64_t most = 1 << 30;
   if (c.n * c.ih * c.iw >= most || c.n * c.oh * c.ow >= most || c.ci >= 65536 || c.co >= 65536)
     return "2^30 pixels or 2^16 channels";

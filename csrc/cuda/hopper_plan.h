@@ -15,10 +15,10 @@ inline bool short_chunk(int64_t channels) { return (channels - 1) % 64 < 32; }
 inline int floor_div(int a, int b) { return (a >= 0 ? a : a - b + 1) / b; }
 
 // One transposed convolution with one input pixel along an axis writes each output once, whatever the stride: then the
-// stride is taken as the kernel's extent, so that no tap falls outside.
+// stride is taken as the kernel's extent, so that no tap falls outside; as long as there is a group for each phase.
 inline Convolution normal(Convolution c) {
-  if (c.ih == 1 && c.dh == 1 && c.kh <= 8) c.sh = c.kh;
-  if (c.iw == 1 && c.dw == 1 && c.kw <= 8) c.sw = c.kw;
+  if (c.ih == 1 && c.dh == 1 && c.kh <= 8 && c.kh * c.sw <= kGemmGroups) c.sh = c.kh;
+  if (c.iw == 1 && c.dw == 1 && c.kw <= 8 && c.sh * c.kw <= kGemmGroups) c.sw = c.kw;
   return c;
 }
 

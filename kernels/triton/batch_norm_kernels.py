@@ -11,7 +11,7 @@ Compiled integer division truncates and the interpreter's floors: what is divide
 import triton
 import triton.language as tl
 
-from .convolution_kernels import activated, derivative
+from .convolution_kernels import activated, before_activation
 from .taps import real_scale
 
 
@@ -24,6 +24,13 @@ def place(blocks, BC: tl.constexpr, IDX64: tl.constexpr):
         c = c.to(tl.int64)
         s = s.to(tl.int64)
     return c, s
+
+
+@triton.jit
+def elements(vectors, V: tl.constexpr, IDX64: tl.constexpr):
+    if IDX64:
+        vectors = vectors.to(tl.int64)
+    return vectors * V
 
 
 @triton.jit
@@ -92,17 +99,11 @@ def affine(
 
 
 @triton.jit
-def before_activation(grad, z, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
-    """grad times the activation's derivative at z."""
-    if ACTIVATION == 1:
-        grad = tl.where(z <= 0, 0.0, grad)
-    elif ACTIVATION == 2:
-        grad = tl.where(z <= 0, grad * SLOPE, grad)
-    elif ACTIVATION == 5 or ACTIVATION == 6:
-        grad = grad * derivative(activated(z, ACTIVATION, SLOPE), ACTIVATION, SLOPE)
-    elif ACTIVATION != 0:
-        grad = grad * derivative(z, ACTIVATION, SLOPE)
-    return grad
+def before(grad, z, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
+    """The gradient before the activation, from its argument."""
+    if ACTIVATION == 5 or ACTIVATION == 6:
+        z = activated(z, ACTIVATION, SLOPE)
+    return before_activation(grad, z, ACTIVATION, SLOPE)
 
 
 @triton.jit(do_not_specialize=["pixels", "plane", "channels", "blocks", "steps"])
@@ -117,7 +118,7 @@ def statistics(
     most 1 + steps times those from the mean of the range, so that little cancels, wherever the mean is.
     """
     P: tl.constexpr = 0 if NHWC else 1  # the axis of positions
-    pixels = pixels * PV
+    pixels = elements(pixels, PV, IDX64)
     plane = plane * PV
     channels = channels * CV
     c, s = place(blocks, BC, IDX64)
@@ -186,7 +187,7 @@ def normalise(
     follow; else they are the running ones. COUNTS: the batch is counted.
     """
     P: tl.constexpr = 0 if NHWC else 1
-    pixels = pixels * PV
+    pixels = elements(pixels, PV, IDX64)
     plane = plane * PV
     channels = channels * CV
     c, s = place(blocks, BC, IDX64)
@@ -226,7 +227,7 @@ def sum_gradients(
     """part [ranges, 2, channels]: of each range, the sums of the gradient before the activation, and of it times
     (x - mean)."""
     P: tl.constexpr = 0 if NHWC else 1
-    pixels = pixels * PV
+    pixels = elements(pixels, PV, IDX64)
     plane = plane * PV
     channels = channels * CV
     c, s = place(blocks, BC, IDX64)
@@ -240,7 +241,7 @@ def sum_gradients(
         distance = tl.load(x + at, mask=ok, other=0).to(ACC) - tl.expand_dims(mean, P)
         value = tl.load(grad + at, mask=ok, other=0).to(ACC)
         z = tl.expand_dims(scale, P) * distance + tl.expand_dims(offset, P)
-        value = tl.where(ok, before_activation(value, z, ACTIVATION, SLOPE), 0.0)
+        value = tl.where(ok, before(value, z, ACTIVATION, SLOPE), 0.0)
         sums += value
         products += value * distance
     set_channel(part + 2 * s * channels, c, channels, tl.sum(sums, P))
@@ -263,7 +264,7 @@ def input_gradient(
     scale * (g - mean(g) - x^ * mean(g * x^)), or outside TRAINING scale * g (Ioffe & Szegedy, 2015, section 3).
     """
     P: tl.constexpr = 0 if NHWC else 1
-    pixels = pixels * PV
+    pixels = elements(pixels, PV, IDX64)
     plane = plane * PV
     channels = channels * CV
     c, s = place(blocks, BC, IDX64)
@@ -293,7 +294,7 @@ def input_gradient(
             distance = tl.load(x + at, mask=ok, other=0).to(ACC) - tl.expand_dims(mean, P)
             value = tl.load(grad + at, mask=ok, other=0).to(ACC)
             z = tl.expand_dims(scale, P) * distance + tl.expand_dims(offset, P)
-            value = tl.expand_dims(scale, P) * before_activation(value, z, ACTIVATION, SLOPE)
+            value = tl.expand_dims(scale, P) * before(value, z, ACTIVATION, SLOPE)
             if TRAINING:
                 value = value - tl.expand_dims(constant, P) - tl.expand_dims(slope, P) * distance
             tl.store(dx + at, value.to(dx.dtype.element_ty), mask=ok)

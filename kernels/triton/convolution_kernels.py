@@ -68,24 +68,24 @@ def activated(x, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
 
 
 @triton.jit
-def derivative(y, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
-    """Of the activation: from its result, but for silu and gelu from its argument."""
+def before_activation(grad, y, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
+    """The gradient before the activation, from its result, but for silu and gelu from its argument. As torch's, relu's
+    is not a product: 0 where the result is, whatever the gradient, and the gradient where that is NaN."""
     if ACTIVATION == 1:
-        d = tl.where(y > 0, 1.0, 0.0).to(y.dtype)
+        grad = tl.where(y <= 0, 0.0, grad)
     elif ACTIVATION == 2:
-        one = tl.full((), 1, y.dtype)
-        d = tl.where(y > 0, one, one * SLOPE)
+        grad = tl.where(y > 0, grad, grad * SLOPE)
     elif ACTIVATION == 3:
         s = sigmoid_of(y)
-        d = s * (1 + y * (1 - s))
+        grad = grad * (s * (1 + y * (1 - s)))
     elif ACTIVATION == 4:
         cdf = 0.5 * (1 + tl.erf(y * 0.70710678118654752440))
-        d = cdf + y * tl.exp(-0.5 * y * y) * 0.39894228040143267794
+        grad = grad * (cdf + y * tl.exp(-0.5 * y * y) * 0.39894228040143267794)
     elif ACTIVATION == 5:
-        d = 1 - y * y
-    else:
-        d = y * (1 - y)
-    return d
+        grad = grad * (1 - y * y)
+    elif ACTIVATION == 6:
+        grad = grad * (y * (1 - y))
+    return grad
 
 
 @triton.jit
@@ -409,7 +409,8 @@ def epilogue_gradient(
     YC: tl.constexpr, CV: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, HAS_BIAS: tl.constexpr,
     ACC: tl.constexpr, IDX64: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """result = grad * activation', and part[range, channel] = its sum over a range of steps blocks of BP pixels."""
+    """result: the gradient before the activation; part[range, channel]: its sum over a range of steps blocks of BP
+    pixels."""
     c_all = channels * CV
     pid = tl.program_id(0)
     c = pid % blocks * BC + tl.arange(0, BC)
@@ -426,7 +427,7 @@ def epilogue_gradient(
         ok = (p < pixels)[:, None] & (c < c_all)[None, :]
         value = tl.load(grad + at, mask=ok, other=0).to(ACC)
         if ACTIVATION != 0:
-            value = value * derivative(tl.load(output + at, mask=ok, other=0).to(ACC), ACTIVATION, SLOPE)
+            value = before_activation(value, tl.load(output + at, mask=ok, other=0).to(ACC), ACTIVATION, SLOPE)
             tl.store(result + at, value.to(result.dtype.element_ty), mask=ok)
         if HAS_BIAS:
             acc += tl.where(ok, value, 0.0)
