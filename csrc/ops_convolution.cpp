@@ -150,6 +150,34 @@ int64_t convolution_plan(const Tensor& input, const Tensor& weight, int64_t sh, 
   const auto c = convolution_of(input, weight, {sh, sw, ph, pw, groups, dh, dw}, activation, slope, tf32);
   return aeup::keep_forward(kConvolution, c, aeup::Pass::input_gradient, input, weight);
 }
+// All gradients in one call; what is not wanted is an empty tensor.
+std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& grad, const Tensor& input, const Tensor& weight,
+                                                        const std::optional<Tensor>& output, int64_t sh, int64_t sw,
+                                                        int64_t ph, int64_t pw, int64_t groups, int64_t dh, int64_t dw,
+                                                        int64_t activation, double slope, bool tf32, bool want_input,
+                                                        bool want_weight, bool want_bias) {
+  const Geometry g{sh, sw, ph, pw, groups, dh, dw};
+  aeup::check(kConvolution, input, "input", 4);
+  aeup::check_beside(kConvolution, input, weight, "weight");
+  const aeup::Epilogue epilogue = aeup::epilogue_of(grad, output, activation, slope, want_bias);
+  const Tensor before = aeup::run_epilogue(epilogue);
+  Tensor input_grad, weight_grad;
+  if (!want_input || !want_weight) input_grad = weight_grad = aeup::empty_like(grad, {0}, false);
+  if (want_input) {
+    const auto extra = [](int64_t in, int64_t out, int64_t s, int64_t p, int64_t k, int64_t d) {
+      return in - output_size(out, s, p, 0, k, d);
+    };
+    const int64_t oph = extra(input.size(2), before.size(2), sh, ph, weight.size(2), dh);
+    const int64_t opw = extra(input.size(3), before.size(3), sw, pw, weight.size(3), dw);
+    const auto c = forward_of(before, weight, g, oph, opw, tf32);
+    input_grad = aeup::run_forward(kConvolution, c, before, weight, std::nullopt, "");
+  }
+  if (want_weight) {
+    const auto c = weight_gradient_of(input, before, weight, g, tf32);
+    weight_grad = aeup::run_weight_gradient(kConvolution, c, input, before, weight, "");
+  }
+  return {input_grad, weight_grad, epilogue.bias};
+}
 #endif
 
 }  // namespace
@@ -277,6 +305,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(aeup_native, m) {
       "conv2d_plan(Tensor input, Tensor weight, int sh, int sw, int ph, int pw, int groups, int dh, int dw, "
       "int activation, float slope, bool tf32) -> int");
   m.def(
+      "conv2d_backward(Tensor grad, Tensor input, Tensor weight, Tensor? output, int sh, int sw, int ph, int pw, "
+      "int groups, int dh, int dw, int activation, float slope, bool tf32, bool want_input, bool want_weight, "
+      "bool want_bias) -> (Tensor, Tensor, Tensor)");
+  m.def(
       "conv_transpose2d_kernel(Tensor input, Tensor weight, int sh, int sw, int ph, int pw, int oph, int opw, "
       "int groups, int dh, int dw, int which, bool tf32, int major, int minor) -> str");
 }
@@ -296,6 +328,7 @@ STABLE_TORCH_LIBRARY_IMPL(aeup_native, CUDA, m) {
   m.impl("conv_epilogue_gradient", TORCH_BOX(&aeup::epilogue_gradient));
   m.impl("conv2d", TORCH_BOX(&convolution));
   m.impl("conv2d_plan", TORCH_BOX(&convolution_plan));
+  m.impl("conv2d_backward", TORCH_BOX(&convolution_backward));
 }
 #endif
 

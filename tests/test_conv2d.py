@@ -151,6 +151,14 @@ def by_name(name, *args):
     if name == "conv2d":
         y = F.conv2d(a["input"], a["weight"], a["bias"], stride, padding, dilation, a["groups"])
         return activate(y, ACTIVATION[a["activation"]], slope)
+    if name == "conv2d_backward":
+        y = a["output"]
+        grad, bias = reference(a["grad"], y, ACTIVATION[a["activation"]], slope, a["want_bias"])
+        needs = (a["want_input"], a["want_weight"], False)
+        found = torch.ops.aten.convolution_backward.default(
+            grad, a["input"], a["weight"], None, stride, padding, dilation, False, (0, 0), a["groups"], needs
+        )
+        return *found[:2], bias
     if name == "conv_transpose2d":
         assert a["activation"] == 0
         y = F.conv_transpose2d(a["input"], a["weight"], a["bias"], stride, padding, (a["oph"], a["opw"]), *rest)
@@ -187,8 +195,22 @@ def test_what_the_extension_is_asked_for(native, case, activation):
     tensors = case.tensors(torch.float64, "nhwc")
     got, theirs = (run(fn, case, tensors, activation) for fn in (aeup.conv2d, by_torch))
     torch.testing.assert_close(got, theirs)
-    kept = [n for n in native if n != "conv_epilogue_gradient"]
-    assert kept == ["conv2d", "conv_transpose2d", "conv_transpose2d_weight_gradient"]
+    assert native == ["conv2d", "conv2d_backward"]
+
+
+def test_what_the_extension_is_asked_for_map_by_map(native):
+    """Where gradients are differentiable."""
+    for case in CASES:
+        tensors = case.tensors(torch.float64)
+        leaves = [t.requires_grad_() for t in tensors[:3]]
+        for fn in (aeup.conv2d, by_torch):
+            y = fn(*leaves, **case.kwargs, activation="tanh")
+            found = torch.autograd.grad(y, leaves, tensors[3], create_graph=True)
+            second = torch.autograd.grad(sum(t.square().sum() for t in found), leaves)
+            if fn is aeup.conv2d:
+                ours = *found, *second
+        torch.testing.assert_close(ours, (*found, *second))
+    assert {"conv2d", "conv_transpose2d", "conv_transpose2d_weight_gradient"} <= set(native)
 
 
 def test_some_gradients_only(native):

@@ -68,6 +68,13 @@ def _cuda_plan(x, w, bias, g: Geometry, activation, slope):
     return compiled.planned(NAMES[Y], x, w, *_cuda_args(g, x, activation, slope))
 
 
+def _cuda_backward(grad, x, w, y, g: Geometry, activation, slope, needs) -> tuple:
+    """The gradients of x, w and bias that `needs` asks for, else None, in one call of the extension."""
+    args = (*_cuda_args(g, grad, activation, slope), *needs)
+    found = compiled.call("conv2d_backward", grad, x, w, y if activation else None, *args)
+    return tuple(t if need else None for t, need in zip(found, needs, strict=True))
+
+
 def _cuda_refuses_y(x, w, bias, g, activation, slope) -> str | None:
     return cuda_refusal(x, NAMES[Y], g)
 
@@ -109,7 +116,7 @@ MAPS = {
     X: _map_op(X, lambda *args: conv_kernels.MAPS[Y].kernels["torch"].run(*_transposed(X, *args))),
     W: _map_op(W, _torch_w),
 }
-_BY_TORCH = {kind: (None, MAPS[kind].kernels["torch"]) for kind in (X, W)}
+_BY_CUDA, _BY_TORCH = ({kind: (None, MAPS[kind].kernels[b]) for kind in (X, W)} for b in ("cuda", "torch"))
 
 
 class _Conv2d(Forward):
@@ -152,7 +159,9 @@ class _Maps(Maps):
         return g.described(x, g.ci)
 
     def joint(self, kernel_x, kernel_w, g):
-        return _torch_backward if kernel_x in _BY_TORCH[X] and kernel_w in _BY_TORCH[W] else None
+        if kernel_x in _BY_TORCH[X] and kernel_w in _BY_TORCH[W]:
+            return _torch_backward
+        return _cuda_backward if kernel_x in _BY_CUDA[X] and kernel_w in _BY_CUDA[W] else None
 
 
 CONV2D = _Maps()
