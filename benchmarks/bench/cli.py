@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from . import conv_transpose2d, interpolate, models, readme, upsample_conv2d
+from . import conv2d, conv_transpose2d, interpolate, models, readme, upsample_conv2d
 from . import tune as tuning
 from .compare import against
 from .harness import Row, Settings, run
@@ -29,6 +29,7 @@ OPERATORS: tuple[Operator, ...] = (
     interpolate.OPERATOR,
     conv_transpose2d.OPERATOR,
     upsample_conv2d.OPERATOR,
+    conv2d.OPERATOR,
     models.OPERATOR,
 )
 WRITE_SECONDS = 2  # what was measured is on the disk at most so much later
