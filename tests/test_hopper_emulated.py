@@ -232,6 +232,15 @@ def test_activations_of_convolutions(hopper, activation):  # noqa: F811
             check_convolution(hopper, TILED, F16, *LAYOUTS[layout], "hopper", activation)
 
 
+def test_upsampling_by_1_in_several_ranges(hopper):  # noqa: F811
+    """It runs as the input's gradient, whose ranges are added with bias and activation."""
+    case = fold.Case((1, 40, 5, 6), 24, (3, 3), (1, 1), (1, 1))
+    for layout in ("nchw", "nhwc"):
+        with configured(5 + 100 * 2):
+            check(hopper, case, BF16, *LAYOUTS[layout], "hopper", (FORWARD,), "relu")
+        check(hopper, case, BF16, *LAYOUTS[layout], "hopper", (FORWARD,), "leaky_relu")
+
+
 GRADIENTS = (INPUT_GRADIENT, WEIGHT_GRADIENT)
 
 
