@@ -3,7 +3,7 @@
 from aeup.backends import BackendError, backend, explain, get_backend, set_backend
 from aeup.checkerboard import checkerboard
 from aeup.decoder import Decoder
-from aeup.functional import batch_norm, conv_transpose2d, interpolate, upsample_conv2d
+from aeup.functional import batch_norm, conv2d, conv_transpose2d, interpolate, upsample_conv2d
 from aeup.intercept import intercept
 from aeup.nn import (
     BatchNorm2d,
@@ -32,6 +32,7 @@ __all__ = [
     "backend",
     "batch_norm",
     "checkerboard",
+    "conv2d",
     "conv_transpose2d",
     "explain",
     "get_backend",

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from aeup.functional import Activation
-from aeup.nn import BatchNorm2d, ConvTranspose2d, UpsampleConv2d
+from aeup.nn import BatchNorm2d, Conv2d, ConvTranspose2d, UpsampleConv2d
 
 UPSAMPLE = ("nearest", "bilinear", "bicubic", "conv_transpose")
 NORM = ("batch", "group", None)
@@ -56,6 +56,14 @@ def norm_and_activation(
     place, so that the modules after it keep their names."""
     fused = _FUSED.get(activation) if norm == "batch" and isinstance(activation, str) else None
     return [make_norm(norm, channels, fused), nn.Identity() if fused else make_activation(activation)]
+
+
+def after_convolution(
+    norm: str | None, channels: int, activation: str | nn.Module | Callable[[], nn.Module]
+) -> tuple[Activation, list[nn.Module]]:
+    """What a convolution takes of the activation, all where there is no norm, and the two modules after it."""
+    fused = _FUSED.get(activation) if norm is None and isinstance(activation, str) else None
+    return fused, [nn.Identity(), nn.Identity()] if fused else norm_and_activation(norm, channels, activation)
 
 
 def check_int(name: str, value: object, least: int = 1) -> int:
@@ -153,12 +161,10 @@ class Decoder(nn.Module):
         self.stages = nn.ModuleList()
         for i, (c_in, c_out) in enumerate(zip(self.channels, self.channels[1:], strict=False)):
             target = self.sizes[i + 1] if self.sizes is not None else None
-            fused = _FUSED.get(activation) if norm is None and isinstance(activation, str) else None
+            fused, after = after_convolution(norm, c_out, activation)
             enlarge = self._enlarge(c_in, c_out, target, kernel_size, norm is None, fused)
-            after = [nn.Identity(), nn.Identity()] if fused else norm_and_activation(norm, c_out, activation)
             self.stages.append(nn.Sequential(enlarge, *after))
-        self.to_image = nn.Conv2d(self.channels[-1], out_channels, kernel_size, padding=kernel_size // 2)
-        self.head = {"sigmoid": nn.Sigmoid, "tanh": nn.Tanh, None: nn.Identity}[head]()
+        self.to_image = Conv2d(self.channels[-1], out_channels, kernel_size, padding=kernel_size // 2, activation=head)
 
     @staticmethod
     def _plan(out_size: int | tuple[int, int] | None, stages: int) -> list[tuple[int, int]] | None:
@@ -208,7 +214,7 @@ class Decoder(nn.Module):
                 )
         for stage in self.stages:
             x = stage(x)
-        return self.head(self.to_image(x))
+        return self.to_image(x)
 
     def extra_repr(self) -> str:
         path = "doubling" if self.sizes is None else " -> ".join(f"{h}x{w}" for h, w in self.sizes)

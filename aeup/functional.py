@@ -9,18 +9,19 @@ from torch.overrides import handle_torch_function, has_torch_function_unary, has
 
 from aeup.backends import note_torch
 from aeup.ops import batch_norm as norms
-from aeup.ops.conv_shapes import Geometry, geometry, int_pair
+from aeup.ops.conv2d import CONV2D
+from aeup.ops.conv_shapes import Geometry, geometry, int_pair, of_convolution
 from aeup.ops.conv_transpose2d import CONV_TRANSPOSE2D
 from aeup.ops.eager import transforms_active
 from aeup.ops.epilogue import ACTIVATIONS, activate
-from aeup.ops.interpolate import MODES, PLANS, Map, reference, resample
+from aeup.ops.interpolate import MODES, PLANS, Map, map_of, reference, resample
 from aeup.ops.interpolate import Plan as ResamplePlan
 from aeup.ops.interpolate import plan_key as resample_key
 from aeup.ops.maps import autocast_to, memory_format, plan_key
 from aeup.ops.upsample_conv2d import UPSAMPLE_CONV2D
 from aeup.ops.upsample_conv_shapes import UpsampleGeometry, upsample_geometry
 
-__all__ = ["batch_norm", "conv_transpose2d", "interpolate", "upsample_conv2d"]
+__all__ = ["batch_norm", "conv2d", "conv_transpose2d", "interpolate", "upsample_conv2d"]
 
 Activation = str | tuple[str, float] | None
 
@@ -80,78 +81,8 @@ def interpolate(
     shape = input.shape
     if shape[1] == 0:
         raise RuntimeError(f"Non-empty 4D data tensor expected but got a tensor with sizes {list(shape)}")
-    m = _map((shape[2], shape[3]), *options)
+    m = map_of((shape[2], shape[3]), *options)
     return resample(input, m) if key is None else ResamplePlan(key, input, m).run(input)
-
-
-def _map(spatial, size, scale_factor, mode, align_corners, recompute_scale_factor, antialias) -> Map:
-    smooth = mode == "bilinear" or mode == "bicubic"
-    if align_corners is not None and not smooth:
-        raise ValueError(
-            "align_corners option can only be set with the interpolating modes: "
-            f"linear | bilinear | bicubic | trilinear; got align_corners={align_corners} with mode={mode!r}"
-        )
-    if antialias and not smooth:
-        raise ValueError(
-            "Anti-alias option is restricted to bilinear, bicubic, and lanczos modes and requires a 4-D tensor as "
-            f"input; got antialias={antialias} with mode={mode!r}"
-        )
-    ih, iw = spatial
-    scale_h = scale_w = None
-    if size is not None:
-        if scale_factor is not None:
-            raise ValueError(
-                f"only one of size or scale_factor should be defined; got size={size} and scale_factor={scale_factor}"
-            )
-        if recompute_scale_factor:
-            raise ValueError("recompute_scale_factor is not meaningful with an explicit size.")
-        oh, ow = _pair(size, "output size", "output size of {}", "output size in (o1, o2, ...,oK)", spatial)
-        if not (isinstance(oh, (int, torch.SymInt)) and isinstance(ow, (int, torch.SymInt))):
-            oh, ow = _as_ints(oh, ow)
-    elif scale_factor is not None:
-        form = "scale_factor of shape {}"
-        scale_h, scale_w = _pair(scale_factor, "scale_factor", form, "scale_factor in (s1, s2, ...,sK)", spatial)
-        if not (0 < scale_h < math.inf and 0 < scale_w < math.inf):
-            raise RuntimeError(
-                f"scale_factor must be finite and greater than 0, got {scale_factor} (input sizes H: {ih}, W: {iw})"
-            )
-        oh, ow = torch.sym_int(ih * scale_h), torch.sym_int(iw * scale_w)
-        if recompute_scale_factor:
-            scale_h = scale_w = None
-        else:
-            scale_h, scale_w = float(scale_h), float(scale_w)
-    else:
-        raise ValueError("either size or scale_factor should be defined")
-    if ih < 1 or iw < 1 or oh < 1 or ow < 1:
-        raise RuntimeError(
-            f"Input and output sizes should be greater than 0, but got input (H: {ih}, W: {iw}) output (H: {oh}, "
-            f"W: {ow})"
-        )
-    return Map(ih, iw, oh, ow, mode, bool(align_corners), antialias, scale_h, scale_w)
-
-
-def _pair(value, name, given, form, spatial):
-    if not isinstance(value, (list, tuple)):
-        return value, value
-    if len(value) != 2:
-        what = "Input and output" if name == "output size" else "Input and scale_factor"
-        raise ValueError(
-            f"{what} must have the same number of spatial dimensions, but got input with spatial dimensions of "
-            f"{list(spatial)} and {given.format(value)}. Please provide input tensor in (N, C, d1, d2, ...,dK) "
-            f"format and {form} format."
-        )
-    return value
-
-
-def _as_ints(oh, ow):
-    """Integer-like sizes (numpy integers, 0-d integer tensors) as ints."""
-    for x in (oh, ow):
-        if isinstance(x, (float, bool)) or not hasattr(x, "__index__"):
-            raise TypeError(
-                "expected size to be one of int or Tuple[int] or Tuple[int, int] or Tuple[int, int, int], but got "
-                f"size with types {[type(oh), type(ow)]}"
-            )
-    return oh.__index__(), ow.__index__()
 
 
 def conv_transpose2d(
@@ -209,17 +140,15 @@ def conv_transpose2d(
     name, slope = parse_activation(activation)
     if not (isinstance(x, Tensor) and isinstance(w, Tensor) and (b is None or isinstance(b, Tensor))):
         return F.conv_transpose2d(input, weight, bias)  # raises
-    g = None
-    if (
-        x.dtype in _FLOATS
-        and w.dtype is x.dtype
-        and w.device == x.device
-        and x.layout is w.layout is torch.strided
-        and (b is None or (b.dtype is x.dtype and b.device == x.device and b.dim() == 1))
-    ):
-        g = _make_geometry(x.shape, w.shape, *options)
+    g = _make_geometry(x.shape, w.shape, *options) if _go_together(x, w, b) else None
     if g is None or (b is not None and b.shape[0] != g.co):
-        return _conv_by_torch(input, weight, bias, options, name, slope)
+        if input.dim() in (3, 4) and weight.dim() != 4:
+            raise RuntimeError(
+                "Expected 4D weight [in_channels, out_channels / groups, kH, kW] for conv_transpose2d, but got weight "
+                f"of size: {list(weight.shape)}"
+            )
+        named = dict(zip(("stride", "padding", "output_padding", "dilation", "groups"), options, strict=True))
+        return _conv_by_torch(F.conv_transpose2d, input, weight, bias, named, name, slope)
     if x.dim() == 3:
         y = conv_transpose2d(
             x.unsqueeze(0), w, b, stride, padding, output_padding, groups, dilation, activation=activation
@@ -266,18 +195,118 @@ def parse_activation(activation: Activation) -> tuple[str | None, float]:
     return name, float(slope)
 
 
-def _conv_by_torch(input, weight, bias, options: tuple, activation: str | None, slope: float) -> Tensor:
+def _go_together(x: Tensor, w: Tensor, b: Tensor | None) -> bool:
+    return (
+        x.dtype in _FLOATS
+        and w.dtype is x.dtype
+        and w.device == x.device
+        and x.layout is w.layout is torch.strided
+        and (b is None or (b.dtype is x.dtype and b.device == x.device and b.dim() == 1))
+    )
+
+
+def _conv_by_torch(function, input, weight, bias, options: dict, activation: str | None, slope: float) -> Tensor:
     """What is not served: torch raises its error, or computes (integers, complex numbers, no output pixels)."""
-    if input.dim() in (3, 4) and weight.dim() != 4:
-        raise RuntimeError(
-            "Expected 4D weight [in_channels, out_channels / groups, kH, kW] for conv_transpose2d, but got weight of "
-            f"size: {list(weight.shape)}"
-        )
-    named = dict(zip(("stride", "padding", "output_padding", "dilation", "groups"), options, strict=True))
-    y = F.conv_transpose2d(input, weight, bias, **named)
+    y = function(input, weight, bias, **options)
     reason = "serves dense float64, float32, float16 or bfloat16 tensors of one dtype and device, with output pixels"
-    note_torch("aeup.conv_transpose2d", lambda: f"{list(input.shape)}, {input.dtype}", reason)
+    note_torch(f"aeup.{function.__name__}", lambda: f"{list(input.shape)}, {input.dtype}", reason)
     return activate(y, activation, slope)
+
+
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | str = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    *,
+    activation: Activation = None,
+) -> Tensor:
+    """Convolution: :func:`torch.nn.functional.conv2d` on aeup's kernels, then an activation.
+
+    Signature, defaults, output shape, strides and errors are torch's, autocast too. On a GPU it is the adjoint of
+    :func:`conv_transpose2d`, by the same kernels, gradients as well; with stride and dilation 1 an
+    :func:`upsample_conv2d` by 1. On a CPU torch's own kernel runs. Dtypes, layouts, tf32 and gradients of any order as
+    :func:`conv_transpose2d`.
+
+    Args:
+        input: [N, C_in, H, W] (N may be 0) or [C_in, H, W].
+        weight: [C_out, C_in / groups, kH, kW].
+        bias: [C_out].
+        stride, dilation: an int, or a pair for (H, W).
+        padding: zeros around the input: an int, a pair for (H, W), "valid" (none) or, with stride 1, "same" (output of
+            the input's size).
+        groups: divides C_in and C_out.
+        activation: as :func:`conv_transpose2d`: applied with the bias, as the result is written.
+
+    Returns:
+        [N, C_out, oh, ow], or without N; oh = floor((H + 2 * padding - dilation * (kH - 1) - 1) / stride) + 1.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices that do not go together, or arguments out of range.
+        TypeError: an argument that is not made of ints.
+        ValueError: an unknown `activation`, or a negative slope.
+
+    Source: Dumoulin & Visin, 2016, "A guide to convolution arithmetic for deep learning", arXiv 1603.07285.
+    """
+    if has_torch_function_variadic(input, weight, bias):
+        return handle_torch_function(
+            conv2d, (input, weight, bias), input, weight, bias, stride, padding, dilation, groups, activation=activation
+        )
+    x, w, b = input, weight, bias
+    if torch._C._is_any_autocast_enabled():
+        x, w, b = _autocast(x, w, b)
+    options = (stride, padding, dilation, groups)
+    key = plan_key(x, w, b, ("conv2d", *options, activation))
+    plan = None if key is None else CONV2D.plans.get(key) or UPSAMPLE_CONV2D.plans.get(key)
+    if plan is not None:
+        return plan.run(x, w, b)
+    name, slope = parse_activation(activation)
+    if not (isinstance(x, Tensor) and isinstance(w, Tensor) and (b is None or isinstance(b, Tensor))):
+        return F.conv2d(input, weight, bias)  # raises
+    g, crop = _convolution(x.shape, w.shape, *options) if _go_together(x, w, b) else (None, None)
+    if g is None or (b is not None and b.shape[0] != g.ci):
+        named = dict(zip(("stride", "padding", "dilation", "groups"), options, strict=True))
+        return _conv_by_torch(F.conv2d, input, weight, bias, named, name, slope)
+    if x.dim() == 3:
+        return conv2d(x.unsqueeze(0), w, b, *options, activation=activation).squeeze(0)
+    if crop != (0, 0):
+        return _cropped(conv2d(x, w, b, stride, g.padding, dilation, groups, activation=activation), crop, x, w)
+    if not (x.is_cuda and g.stride == g.dilation == (1, 1)):
+        return CONV2D(key, x, w, b, g, name, slope)
+    same = Map(g.oh, g.ow, g.oh, g.ow, "nearest", False, False, None, None)
+    alone = upsample_geometry("aeup.conv2d", same, g.co, w.shape, *g.padding, g.groups)
+    return UPSAMPLE_CONV2D(key, x, w, b, alone, name, slope)
+
+
+def _convolution(x_shape, w_shape, stride, padding, dilation, groups) -> tuple[Geometry | None, tuple]:
+    """The geometry, and the rows and columns to leave out at the top and left ("same" with an even kernel)."""
+    pairs, crop, ones = [int_pair(a) for a in (stride, dilation, groups)], (0, 0), (1, 1)
+    if None in pairs or isinstance(groups, (list, tuple)) or len(w_shape) != 4:
+        return None, crop
+    strides, (dh, dw), (groups, _) = pairs
+    if isinstance(padding, str):
+        if padding != "valid" and (padding != "same" or strides != ones):
+            return None, crop
+        pads, crop = _same(w_shape[2:], (dh, dw)) if padding == "same" else ((0, 0), crop)
+    else:
+        pads = int_pair(padding)
+    if len(x_shape) == 3:
+        x_shape = (1, *x_shape)
+    return pads and of_convolution(x_shape, w_shape, *strides, *pads, groups, dh, dw), crop
+
+
+def _same(kernel, dilation=(1, 1)) -> tuple[tuple, tuple]:
+    """The padding of "same", and the rows and columns that then are too many at the top and left."""
+    spans = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+    return tuple((s + 1) // 2 for s in spans), tuple(s % 2 for s in spans)
+
+
+def _cropped(y: Tensor, crop: tuple, x: Tensor, w: Tensor) -> Tensor:
+    y = y[:, :, crop[0] :, crop[1] :]
+    return y if transforms_active() else y.contiguous(memory_format=memory_format(x, w))
 
 
 def upsample_conv2d(
@@ -355,8 +384,7 @@ def upsample_conv2d(
             x, w, b, scale_factor=scale_factor, mode=mode, align_corners=align_corners, padding=g.padding,
             groups=groups, activation=activation, size=size,
         )  # fmt: skip
-        y = y[:, :, crop[0] :, crop[1] :]
-        return y if transforms_active() else y.contiguous(memory_format=memory_format(x, w))
+        return _cropped(y, crop, x, w)
     if x.dtype not in _FLOATS or not x.layout is w.layout is torch.strided:
         reason = "serves dense float64, float32, float16 or bfloat16 tensors"
         note_torch("aeup.upsample_conv2d", lambda: f"{list(x.shape)}, {x.dtype}", reason)
@@ -389,13 +417,12 @@ def _upsample_geometry(x_shape, w_shape, size, scale_factor, mode, align_corners
         )
     if size is not None and scale_factor == 2:
         scale_factor = None
-    m = _map(tuple(x_shape[2:]), size, scale_factor, mode, align_corners, None, False)
+    m = map_of(tuple(x_shape[2:]), size, scale_factor, mode, align_corners, None, False)
     crop = (0, 0)
     if padding == "valid":
         pads = (0, 0)
     elif padding == "same":
-        pads = w_shape[2] // 2, w_shape[3] // 2
-        crop = 1 - w_shape[2] % 2, 1 - w_shape[3] % 2
+        pads, crop = _same(w_shape[2:])
     elif isinstance(padding, str):
         raise ValueError(f"{name}: padding must be an int, a pair of ints, 'same' or 'valid'; got {padding!r}")
     else:

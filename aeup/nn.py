@@ -10,6 +10,7 @@ from aeup.backends import note_torch
 from aeup.functional import (
     Activation,
     check_upsampling,
+    conv2d,
     conv_transpose2d,
     counted_batch_norm,
     interpolate,
@@ -96,11 +97,10 @@ class ConvTranspose2d(_WithActivation, nn.ConvTranspose2d):
 
 
 class Conv2d(_WithActivation, nn.Conv2d):
-    """:class:`torch.nn.Conv2d`: the same constructor, ``state_dict``, results and errors, and keyword-only
-    `activation` as :class:`ConvTranspose2d` has it.
+    """:class:`torch.nn.Conv2d` by :func:`aeup.conv2d`: the same constructor, ``state_dict``, results and errors, and
+    keyword-only `activation` as :class:`ConvTranspose2d` has it.
 
-    On a GPU a convolution with stride and dilation 1 and zero padding is an :func:`aeup.upsample_conv2d` by 1: bias and
-    activation are added before the result is written. What else there is runs by torch.
+    What is not on a GPU, and a `padding_mode` other than "zeros", runs by torch.
 
     Raises:
         ValueError: an unknown `activation`.
@@ -112,26 +112,20 @@ class Conv2d(_WithActivation, nn.Conv2d):
     def activated(self, input: Tensor, activation: Activation) -> Tensor:
         """``activation(self(input))``, whatever this module's own is."""
         weight = self.weight  # once: a parametrisation computes it whenever it is read
-        if isinstance(input, Tensor):  # else a tracer's proxy, or torch raises
-            reason = self._refuses(input, weight)
-            if reason is None:
-                return upsample_conv2d(
-                    input, weight, self.bias, scale_factor=1, padding=self.padding, groups=self.groups,
-                    activation=activation,
-                )  # fmt: skip
-            note_torch("aeup.upsample_conv2d", lambda: f"{list(input.shape)}, {nn.Conv2d.extra_repr(self)}", reason)
+        reason = self._refuses(input)
+        if reason is None:
+            return conv2d(
+                input, weight, self.bias, self.stride, self.padding, self.dilation, self.groups, activation=activation
+            )
+        if isinstance(input, Tensor):
+            note_torch("aeup.conv2d", lambda: f"{list(input.shape)}, {nn.Conv2d.extra_repr(self)}", reason)
         y = self._conv_forward(input, weight, self.bias)
         return activate(y, *parse_activation(activation)) if activation else y
 
-    def _refuses(self, input: Tensor, weight: Tensor) -> str | None:
-        if not input.is_cuda:
-            return f"serves convolutions alone on a GPU, the tensor is on {input.device}"
-        alike = input.dtype is weight.dtype or torch.is_autocast_enabled("cuda")
-        if input.dim() != 4 or input.layout is not torch.strided or not alike or not weight.is_floating_point():
-            return "serves dense 4-D input of the weight's floating-point dtype"
-        plain = self.stride == self.dilation == (1, 1) and self.padding_mode == "zeros"
-        good = plain and (type(self.padding) is not tuple or len(self.padding) == 2)
-        return None if good else "serves stride 1, dilation 1 and padding_mode 'zeros'"
+    def _refuses(self, input: Tensor) -> str | None:
+        if isinstance(input, Tensor) and not input.is_cuda:  # else a tracer's proxy, or torch raises
+            return f"serves convolutions on a GPU, the tensor is on {input.device}"
+        return None if self.padding_mode == "zeros" else f"pads with zeros, padding_mode is {self.padding_mode!r}"
 
 
 class UpsampleConv2d(nn.Module):

@@ -377,8 +377,8 @@ def swap(model: nn.Module, *, fuse: bool = True, dry_run: bool = False, benchmar
     What it finds:
 
     - ``nn.ConvTranspose2d``, ``nn.Upsample`` and its 2-D kin become aeup's, by exact type.
-    - ``nn.Conv2d`` of stride 1 with a bias, a kernel larger than 1 and 16 channels or more becomes ``aeup.Conv2d``,
-      which on a GPU adds the bias as it writes the result.
+    - ``nn.Conv2d`` with a bias, of any stride, dilation 1, a kernel larger than 1 and 16 channels or more becomes
+      ``aeup.Conv2d``, which on a GPU adds the bias as it writes the result.
     - modules whose forward calls ``F.interpolate`` or ``F.conv_transpose2d`` (torchvision's segmentation models and
       feature pyramids, segmentation_models_pytorch, timm, your own): the same forward with these calls by aeup, rebuilt
       from its source. Where the source is not what runs, or is not there, the module is left; :func:`aeup.intercept`
@@ -390,10 +390,11 @@ def swap(model: nn.Module, *, fuse: bool = True, dry_run: bool = False, benchmar
       (AutoencoderKL and the U-Nets) and the decoder blocks of segmentation_models_pytorch.
 
     Pairs are looked at again whenever they run: what has got a hook, another class or another neighbour since runs
-    module by module. Not fused: a convolution with a stride, a dilation or a padding mode other than zeros, modules
-    with hooks, subclasses, ``nn.SyncBatchNorm``, parametrised, lazy and quantised modules, containers with a forward of
-    their own. The gradient of a fused (transposed) convolution with ``nn.LeakyReLU`` needs the result: code that
-    changes it in place gets autograd's error, where torch's activation out of place allows it.
+    module by module. Not fused: a convolution with a dilation or a padding mode other than zeros, an upsampling before
+    a convolution with a stride, modules with hooks, subclasses, ``nn.SyncBatchNorm``, parametrised, lazy and quantised
+    modules, containers with a forward of their own. The gradient of a fused (transposed) convolution with
+    ``nn.LeakyReLU`` needs the result: code that changes it in place gets autograd's error, where torch's activation out
+    of place allows it.
 
     A module is changed by its class alone, to a subclass of it, so that ``isinstance``, deepcopy, pickling, DDP, EMA,
     ``torch.compile``, ``torch.export`` and ``.to(...)`` go on. TorchScript does not know aeup: unswap first.

@@ -22,7 +22,7 @@ struct Convolution {
   bool channels_last;         // of input, output and their gradients; dense
   bool weight_channels_last;  // weight [ci, co / groups, kh, kw]: dense, contiguous or channels-last
   bool tf32;                  // float32 may be multiplied in tf32
-  Activation activation;      // forward only
+  Activation activation;      // not of the weight gradient
   double slope;               // of leaky_relu
   // Where they have a kernel, the weight (and its gradient) is that of a convolution after nearest upsampling:
   // [co, ci / groups, fold_h.kernel, fold_w.kernel], contiguous or channels-last. Everything else here is of the
@@ -30,8 +30,9 @@ struct Convolution {
   Fold fold_h, fold_w;
 
   // Forward reads input, weight and bias (may be null) and writes result [n, co, oh, ow]. The input gradient reads
-  // grad (of the output) and weight and writes [n, ci, ih, iw]; the weight gradient reads input and grad and writes
-  // [ci, co / groups, kh, kw] (folded: the convolution's weight) in the layout weight_channels_last.
+  // grad (of the output) and weight and writes [n, ci, ih, iw]; with a bias [ci] and an activation it is the
+  // convolution of `grad` with that weight. The weight gradient reads input and grad and writes [ci, co / groups, kh,
+  // kw] (folded: the convolution's weight) in the layout weight_channels_last.
   const void *input, *weight, *bias, *grad;
   const void* shared_grad;  // what the family's `share` made of grad for both gradients; null: each for itself
   void* result;

@@ -1,39 +1,41 @@
-// The compiled operators of the transposed convolution: torch.ops.aeup_native.conv_*. They are kernels without
-// autograd; aeup/ops/conv_transpose2d.py builds the public operators on them.
+// The compiled operators of the transposed convolution, and of the convolution, its adjoint:
+// torch.ops.aeup_native.conv*. They are kernels without autograd; aeup/ops/conv_transpose2d.py and conv2d.py build the
+// public operators on them.
 #include "ops_convolution.h"
 
 namespace {
 
 using torch::stable::Tensor;
 
-constexpr const char* kName = "aeup.conv_transpose2d";
+constexpr const char *kName = "aeup.conv_transpose2d", *kConvolution = "aeup.conv2d";
 
 struct Geometry {
   int64_t sh, sw, ph, pw, groups, dh, dw;
 };
 // Sizes of the map; nothing of the layouts. Throws where a kernel would read out of bounds.
-aeup::Convolution describe(const Geometry& g, aeup::Sizes input, aeup::Sizes output, aeup::Sizes weight, bool tf32) {
+aeup::Convolution describe(const char* op, const Geometry& g, aeup::Sizes input, aeup::Sizes output, aeup::Sizes weight,
+                           bool tf32) {
   const int64_t kh = weight[2], kw = weight[3];
   for (const int64_t v : {g.sh, g.sw, g.groups, g.dh, g.dw, kh, kw})
-    aeup::check_argument(kName, "stride, groups, dilation and kernel size", v);
-  for (const int64_t v : {g.ph, g.pw}) aeup::check_argument(kName, "padding", v, 0);
-  aeup::check_space(kName, input);
-  aeup::check_space(kName, output);
+    aeup::check_argument(op, "stride, groups, dilation and kernel size", v);
+  for (const int64_t v : {g.ph, g.pw}) aeup::check_argument(op, "padding", v, 0);
+  aeup::check_space(op, input);
+  aeup::check_space(op, output);
   if (g.dh * (kh - 1) >= aeup::kMaxAxis || g.dw * (kw - 1) >= aeup::kMaxAxis)
-    aeup::fail(kName, "the dilated kernel is too large");
+    aeup::fail(op, "the dilated kernel is too large");
   if (input[2] * g.sh >= aeup::kMaxAxis || input[3] * g.sw >= aeup::kMaxAxis)
-    aeup::fail(kName, "input size times stride is too large");
+    aeup::fail(op, "input size times stride is too large");
   aeup::Convolution c{};
-  aeup::set_channels(kName, &c, input, output, weight[0], weight[1] * g.groups, g.groups);
+  aeup::set_channels(op, &c, input, output, weight[0], weight[1] * g.groups, g.groups);
   c.ih = input[2], c.iw = input[3], c.oh = output[2], c.ow = output[3];
   c.kh = int(kh), c.kw = int(kw), c.sh = int(g.sh), c.sw = int(g.sw), c.ph = int(g.ph), c.pw = int(g.pw);
   c.dh = int(g.dh), c.dw = int(g.dw);
   c.tf32 = tf32;
   // The output has exactly the size of the map with some output_padding below max(stride, dilation).
-  const auto axis = [](int64_t in, int64_t out, int64_t s, int64_t p, int64_t k, int64_t d) {
+  const auto axis = [op](int64_t in, int64_t out, int64_t s, int64_t p, int64_t k, int64_t d) {
     const int64_t extra = out - ((in - 1) * s - 2 * p + d * (k - 1) + 1);
     if (extra < 0 || extra >= (s > d ? s : d))
-      aeup::fail(kName, "the spatial sizes of input and output do not belong together");
+      aeup::fail(op, "the spatial sizes of input and output do not belong together");
   };
   axis(c.ih, c.oh, g.sh, g.ph, kh, g.dh);
   axis(c.iw, c.ow, g.sw, g.pw, kw, g.dw);
@@ -51,7 +53,7 @@ aeup::Convolution forward_of(const Tensor& input, const Tensor& weight, const Ge
   const int64_t out[4] = {input.size(0), weight.size(1) * g.groups,
                           output_size(input.size(2), g.sh, g.ph, oph, weight.size(2), g.dh),
                           output_size(input.size(3), g.sw, g.pw, opw, weight.size(3), g.dw)};
-  auto c = describe(g, input.sizes(), out, weight.sizes(), tf32);
+  auto c = describe(kName, g, input.sizes(), out, weight.sizes(), tf32);
   aeup::set_layout(kName, &c, input, weight, weight);
   c.activation = aeup::activation_of(kName, activation), c.slope = slope;
   return c;
@@ -76,14 +78,14 @@ int64_t forward_plan(const Tensor& input, const Tensor& weight, int64_t sh, int6
                      int64_t oph, int64_t opw, int64_t groups, int64_t dh, int64_t dw, int64_t activation, double slope,
                      bool tf32) {
   const auto c = forward_of(input, weight, {sh, sw, ph, pw, groups, dh, dw}, oph, opw, tf32, activation, slope);
-  return aeup::keep_forward(kName, c, input, weight);
+  return aeup::keep_forward(kName, c, aeup::Pass::forward, input, weight);
 }
 
 aeup::Convolution input_gradient_of(const Tensor& grad, const Tensor& weight, int64_t ih, int64_t iw, const Geometry& g,
                                     bool tf32) {
   aeup::check(kName, grad, "grad", 4);
   aeup::check_beside(kName, grad, weight, "weight");
-  auto c = describe(g, {grad.size(0), weight.size(0), ih, iw}, grad.sizes(), weight.sizes(), tf32);
+  auto c = describe(kName, g, {grad.size(0), weight.size(0), ih, iw}, grad.sizes(), weight.sizes(), tf32);
   aeup::set_layout(kName, &c, grad, weight, weight);
   return c;
 }
@@ -98,7 +100,7 @@ aeup::Convolution weight_gradient_of(const Tensor& grad, const Tensor& input, co
   aeup::check(kName, grad, "grad", 4);
   aeup::check_beside(kName, grad, input, "input");
   aeup::check_beside(kName, grad, like, "weight_like");
-  auto c = describe(g, input.sizes(), grad.sizes(), like.sizes(), tf32);
+  auto c = describe(kName, g, input.sizes(), grad.sizes(), like.sizes(), tf32);
   aeup::set_layout(kName, &c, grad, input, like);
   return c;
 }
@@ -119,6 +121,63 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& in
       [&](const Tensor& before) { return input_gradient_of(before, weight, input.size(2), input.size(3), g, tf32); },
       [&](const Tensor& before) { return weight_gradient_of(before, input, weight, g, tf32); });
 }
+
+// The convolution of `input` by weight [co, ci / groups, kh, kw]: as the input's gradient of the transposed one, of
+// which `input` is the output's.
+aeup::Convolution convolution_of(const Tensor& input, const Tensor& weight, const Geometry& g, int64_t activation,
+                                 double slope, bool tf32) {
+  aeup::check(kConvolution, input, "input", 4);
+  aeup::check(kConvolution, weight, "weight", 4);
+  aeup::same_kind(kConvolution, weight, input, "weight");
+  const auto size = [](int64_t in, int64_t s, int64_t p, int64_t k, int64_t d) {
+    return s < 1 ? 0 : (in + 2 * p - d * (k - 1) - 1) / s + 1;  // describe refuses 0
+  };
+  const int64_t result[4] = {input.size(0), weight.size(0), size(input.size(2), g.sh, g.ph, weight.size(2), g.dh),
+                             size(input.size(3), g.sw, g.pw, weight.size(3), g.dw)};
+  auto c = describe(kConvolution, g, result, input.sizes(), weight.sizes(), tf32);
+  aeup::set_layout(kConvolution, &c, input, weight, weight);
+  c.activation = aeup::activation_of(kConvolution, activation), c.slope = slope;
+  return c;
+}
+Tensor convolution(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, int64_t sh, int64_t sw,
+                   int64_t ph, int64_t pw, int64_t groups, int64_t dh, int64_t dw, int64_t activation, double slope,
+                   bool tf32, std::string family) {
+  const auto c = convolution_of(input, weight, {sh, sw, ph, pw, groups, dh, dw}, activation, slope, tf32);
+  return aeup::run_input_gradient(kConvolution, c, input, weight, family, bias);
+}
+int64_t convolution_plan(const Tensor& input, const Tensor& weight, int64_t sh, int64_t sw, int64_t ph, int64_t pw,
+                         int64_t groups, int64_t dh, int64_t dw, int64_t activation, double slope, bool tf32) {
+  const auto c = convolution_of(input, weight, {sh, sw, ph, pw, groups, dh, dw}, activation, slope, tf32);
+  return aeup::keep_forward(kConvolution, c, aeup::Pass::input_gradient, input, weight);
+}
+// All gradients in one call; what is not wanted is an empty tensor.
+std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& grad, const Tensor& input, const Tensor& weight,
+                                                        const std::optional<Tensor>& output, int64_t sh, int64_t sw,
+                                                        int64_t ph, int64_t pw, int64_t groups, int64_t dh, int64_t dw,
+                                                        int64_t activation, double slope, bool tf32, bool want_input,
+                                                        bool want_weight, bool want_bias) {
+  const Geometry g{sh, sw, ph, pw, groups, dh, dw};
+  aeup::check(kConvolution, input, "input", 4);
+  aeup::check_beside(kConvolution, input, weight, "weight");
+  const aeup::Epilogue epilogue = aeup::epilogue_of(grad, output, activation, slope, want_bias);
+  const Tensor before = aeup::run_epilogue(epilogue);
+  Tensor input_grad, weight_grad;
+  if (!want_input || !want_weight) input_grad = weight_grad = aeup::empty_like(grad, {0}, false);
+  if (want_input) {
+    const auto extra = [](int64_t in, int64_t out, int64_t s, int64_t p, int64_t k, int64_t d) {
+      return in - output_size(out, s, p, 0, k, d);
+    };
+    const int64_t oph = extra(input.size(2), before.size(2), sh, ph, weight.size(2), dh);
+    const int64_t opw = extra(input.size(3), before.size(3), sw, pw, weight.size(3), dw);
+    const auto c = forward_of(before, weight, g, oph, opw, tf32);
+    input_grad = aeup::run_forward(kConvolution, c, before, weight, std::nullopt, "");
+  }
+  if (want_weight) {
+    const auto c = weight_gradient_of(input, before, weight, g, tf32);
+    weight_grad = aeup::run_weight_gradient(kConvolution, c, input, before, weight, "");
+  }
+  return {input_grad, weight_grad, epilogue.bias};
+}
 #endif
 
 }  // namespace
@@ -130,6 +189,7 @@ namespace {
 struct Kept {
   const char* op;
   Convolution c;
+  Pass pass;
   Shape input, weight;
 };
 Keep<Kept> kept;
@@ -142,7 +202,8 @@ Tensor conv_planned(const Tensor& input, const Tensor& weight, const std::option
   check(kPlanned, weight, "weight", 4);
   if (!(Shape(input) == plan->input) || !(Shape(weight) == plan->weight))
     fail(plan->op, "the tensors are not those of plan " + std::to_string(number));
-  return run_forward(plan->op, plan->c, input, weight, bias, "");
+  if (plan->pass == Pass::forward) return run_forward(plan->op, plan->c, input, weight, bias, "");
+  return run_input_gradient(plan->op, plan->c, input, weight, "", bias);
 }
 
 constexpr const char* kEpilogue = "aeup.conv_epilogue_gradient";
@@ -173,8 +234,8 @@ std::tuple<Tensor, Tensor> epilogue_gradient(const Tensor& grad, const std::opti
 
 }  // namespace
 
-int64_t keep_forward(const char* op, const Convolution& c, const Tensor& input, const Tensor& weight) {
-  return kept.add({op, c, Shape(input), Shape(weight)});
+int64_t keep_forward(const char* op, const Convolution& c, Pass pass, const Tensor& input, const Tensor& weight) {
+  return kept.add({op, c, pass, Shape(input), Shape(weight)});
 }
 
 Epilogue epilogue_of(const Tensor& given, const std::optional<Tensor>& output, int64_t activation, double slope,
@@ -238,6 +299,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(aeup_native, m) {
       "conv_epilogue_gradient(Tensor grad, Tensor? output, int activation, float slope, bool want_bias) -> "
       "(Tensor, Tensor)");
   m.def(
+      "conv2d(Tensor input, Tensor weight, Tensor? bias, int sh, int sw, int ph, int pw, int groups, int dh, int dw, "
+      "int activation, float slope, bool tf32, str family) -> Tensor");
+  m.def(
+      "conv2d_plan(Tensor input, Tensor weight, int sh, int sw, int ph, int pw, int groups, int dh, int dw, "
+      "int activation, float slope, bool tf32) -> int");
+  m.def(
+      "conv2d_backward(Tensor grad, Tensor input, Tensor weight, Tensor? output, int sh, int sw, int ph, int pw, "
+      "int groups, int dh, int dw, int activation, float slope, bool tf32, bool want_input, bool want_weight, "
+      "bool want_bias) -> (Tensor, Tensor, Tensor)");
+  m.def(
       "conv_transpose2d_kernel(Tensor input, Tensor weight, int sh, int sw, int ph, int pw, int oph, int opw, "
       "int groups, int dh, int dw, int which, bool tf32, int major, int minor) -> str");
 }
@@ -255,6 +326,9 @@ STABLE_TORCH_LIBRARY_IMPL(aeup_native, CUDA, m) {
   m.impl("conv_transpose2d_weight_gradient", TORCH_BOX(&weight_gradient));
   m.impl("conv_transpose2d_backward", TORCH_BOX(&backward));
   m.impl("conv_epilogue_gradient", TORCH_BOX(&aeup::epilogue_gradient));
+  m.impl("conv2d", TORCH_BOX(&convolution));
+  m.impl("conv2d_plan", TORCH_BOX(&convolution_plan));
+  m.impl("conv2d_backward", TORCH_BOX(&convolution_backward));
 }
 #endif
 

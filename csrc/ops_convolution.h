@@ -118,10 +118,13 @@ inline Tensor run_forward(const char* op, Convolution c, const Tensor& given, co
   run(op, c, Pass::forward, family, input);
   return result;
 }
+// With a bias [ci] or an activation: the convolution of `given`.
 inline Tensor run_input_gradient(const char* op, Convolution c, const Tensor& given, const Tensor& given_weight,
-                                 const std::string& family) {
+                                 const std::string& family, const std::optional<Tensor>& bias = {}) {
   const torch::stable::accelerator::DeviceGuard guard(given.get_device_index());
   const Tensor grad = dense(given, c.channels_last), weight = dense(given_weight, c.weight_channels_last);
+  const std::optional<Tensor> added = bias_of(op, bias, given, c.ci);
+  if (added) c.bias = added->const_data_ptr();
   Tensor result = empty_like(grad, {c.n, c.ci, c.ih, c.iw}, c.channels_last);
   if (result.numel() == 0) return result;
   c.grad = grad.const_data_ptr(), c.weight = weight.const_data_ptr(), c.result = result.mutable_data_ptr();
@@ -143,9 +146,9 @@ inline Tensor run_weight_gradient(const char* op, Convolution c, const Tensor& g
   return result;
 }
 
-// Keeps the description of a forward call with these tensors, under a number or -1 (Keep): what
-// aeup_native.conv_planned(input, weight, bias, number) runs for all that are alike.
-int64_t keep_forward(const char* op, const Convolution& c, const Tensor& input, const Tensor& weight);
+// Keeps the description of an op's forward call with these tensors, which is that pass, under a number or -1 (Keep):
+// what aeup_native.conv_planned(input, weight, bias, number) runs for all that are alike.
+int64_t keep_forward(const char* op, const Convolution& c, Pass pass, const Tensor& input, const Tensor& weight);
 
 // The gradient of bias and activation (ops_convolution.cpp). Where there is something to compute, grad and output are
 // dense in one layout.

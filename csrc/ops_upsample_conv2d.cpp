@@ -66,7 +66,7 @@ Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Te
 int64_t forward_plan(const Tensor& input, const Tensor& weight, int64_t sh, int64_t sw, int64_t ph, int64_t pw,
                      int64_t groups, int64_t activation, double slope, bool tf32) {
   const auto c = forward_of(input, weight, {sh, sw, ph, pw, groups}, tf32, activation, slope);
-  return aeup::keep_forward(kName, c, input, weight);
+  return aeup::keep_forward(kName, c, aeup::Pass::forward, input, weight);
 }
 
 aeup::Convolution input_gradient_of(const Tensor& grad, const Tensor& weight, int64_t ih, int64_t iw, const Geometry& g,

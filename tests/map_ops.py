@@ -1,5 +1,6 @@
 """The table of the ops of three maps, a row an op: how its registered operators are called, and what torch computes."""
 
+import conv2d_cases
 import conv_cases
 import torch
 import upsample_conv_cases
@@ -13,7 +14,10 @@ class MapOp:
 
     arguments: of the registered forward, for input [2, 4, 3, 4] and kernel 3x2; `few` of them for what takes long;
     `transformed`: for input [.., 4, 3, 5] and kernel 3x3. fast_mode: gradcheck's, for the many activations.
+    least_height: of an input that all `layers` take.
     """
+
+    least_height = 2
 
     def __str__(self):
         return self.name
@@ -117,5 +121,43 @@ class UpsampleConv(MapOp):
         )
 
 
-CONV_TRANSPOSE, UPSAMPLE_CONV = ConvTranspose(), UpsampleConv()
-OPS = (CONV_TRANSPOSE, UPSAMPLE_CONV)
+class Conv(MapOp):
+    name = "conv2d"
+    least_height = 8
+    by_torch = staticmethod(conv2d_cases.by_torch)
+    takes_unbatched = True
+    fast_mode = False
+    arguments = (  # stride, padding, dilation, groups
+        ((2, 1), (1, 0), (1, 1), 1),
+        ((1, 1), (0, 1), (1, 2), 2),
+        ((3, 2), (2, 3), (2, 1), 2),
+    )
+    few = arguments[:1]
+    transformed = (((2, 2), (1, 1), (1, 1), 2),)
+
+    def parameters(self, groups, kernel):
+        return (6, 4 // groups, *kernel), (6,)
+
+    def keywords(self, arguments):
+        return dict(zip(("stride", "padding", "dilation", "groups"), arguments, strict=True))
+
+    def shared(self, arguments):
+        return arguments
+
+    def layers(self):
+        """The function: on a CPU the module is torch's."""
+        return (
+            _Conv2d(4, 6, 4, 2, 1, activation="relu"),
+            _Conv2d(6, 3, 3, 1, 1, groups=3, activation=("leaky_relu", 0.2)),
+            _Conv2d(3, 2, 3, 1, 2, 2, activation="gelu"),
+            _Conv2d(2, 3, 2, 2, 1),
+        )
+
+
+class _Conv2d(aeup.Conv2d):
+    def _refuses(self, input):
+        return None
+
+
+CONV_TRANSPOSE, UPSAMPLE_CONV, CONV = ConvTranspose(), UpsampleConv(), Conv()
+OPS = (CONV_TRANSPOSE, UPSAMPLE_CONV, CONV)

@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from aeup.bench import conv2d, harness, layer, machine, peers, report, timing
 from aeup.bench import conv_transpose2d as conv
-from aeup.bench import harness, layer, machine, peers, report, timing
 from aeup.bench.cli import bench
 from aeup.bench.gate import SECOND_TORCH, Gate
 from aeup.bench.workload import DIRECTIONS, LAYOUTS, precision
@@ -96,6 +96,22 @@ def test_bytes_and_flops():
     with FlopCounterMode(display=False) as counter:
         torch.autograd.grad(out, leaves, torch.empty_like(out))
     assert c.flops("backward") == counter.get_total_flops()
+
+
+def test_the_table_of_convolutions():
+    for device, dtypes in (("cpu", 2), ("cuda", 3)):
+        table = conv2d.conv2d_cases(device)
+        assert len(table) == len(conv2d.WORKLOADS) * dtypes * 2 == len({c.id for c in table})
+        for c in table:
+            g = c.geometry
+            leaves = [torch.empty(s, device="meta", requires_grad=True) for s in (g.input, g.weight)]
+            with FlopCounterMode(display=False) as counter:
+                assert F.conv2d(*leaves, None, g.stride, g.padding).shape == g.output
+            assert c.flops("forward") == counter.get_total_flops()
+            assert device != "cpu" or 3e6 < c.flops("forward") < 1.1e9, c.id
+    (c,) = conv2d.conv2d_cases("cpu", ("vae1",), ("fp32",), ("NCHW",))
+    for direction in DIRECTIONS:
+        assert measured(subject(lambda c: c.aeup()), c, direction).status == "ok"
 
 
 def test_filters():

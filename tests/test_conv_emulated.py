@@ -123,6 +123,21 @@ def check(
         close(got, wants[which], dtype, terms[which], tf32)
 
 
+def check_convolution(emulated, case, dtype, nhwc, weight_nhwc, family, activation="none", offset=0, tf32=False):  # noqa: F811
+    """The convolution of `case`'s output by its weight, with a bias: its input's gradient with an epilogue."""
+    torch.manual_seed(0)
+    output = tuple(case.forward(*(torch.empty(shape, device="meta") for shape in (case.input, case.weight))).shape)
+    y, w = tensor(output, dtype, nhwc, offset), tensor(case.weight, dtype, weight_nhwc, offset)
+    w.div_(math.sqrt(math.prod(case.kernel) * case.co))  # so that a bias and the slope of an activation matter
+    b = tensor((1, case.input[1], 1, 1), dtype).flatten()
+    want = F.conv2d(y.double(), w.double(), b.double(), **case.how)[:, :, : case.input[2], : case.input[3]]
+    got = tensor(case.input, dtype, nhwc, 0, fill=math.nan)
+    how = dict(shapes=(case.input, case.weight, output), channels_last=nhwc, weight_channels_last=weight_nhwc)
+    how.update(tf32=tf32, activation=activation, slope=SLOPE, **case.how)
+    run(emulated, family, INPUT_GRADIENT, got, grad=y, weight=w, bias=b, **how)
+    close(got, activate(want, activation), dtype, math.prod(case.kernel) * case.co, tf32)
+
+
 GENERIC = [
     Case((2, 8, 5, 7), 12),
     Case((1, 16, 3, 4), 40, (3, 3), (2, 2), (1, 1), (1, 1)),
@@ -135,6 +150,7 @@ GENERIC = [
     Case((1, 6, 5, 6), 6, (4, 4), (2, 2), (1, 1), (0, 0), 6),
     Case((2, 6, 4, 3), 12, (3, 3), (2, 2), (1, 0), (1, 0), 3),
     Case((1, 4, 7, 300), 3, (5, 5), (2, 2), (2, 2), (1, 1), 1),
+    Case((1, 6, 6, 5), 5, (3, 2), (2, 2), (4, 3)),
 ]
 LAYOUTS = {"nchw": (False, False), "nhwc": (True, True), "mixed": (False, True), "mixed2": (True, False)}
 
@@ -166,6 +182,21 @@ def test_generic_activations(emulated, activation):  # noqa: F811
     for case in (GENERIC[0], GENERIC[8]):
         check(emulated, case, F32, True, True, "generic", (FORWARD,), activation)
         check(emulated, case, F64, False, False, "generic", (FORWARD,), activation, bias=False)
+
+
+@pytest.mark.parametrize("activation", ["none", "relu", "leaky_relu", "silu", "gelu", "tanh", "sigmoid"])
+@pytest.mark.parametrize("family", ["generic", "few"])
+def test_convolutions(emulated, family, activation):  # noqa: F811
+    """The convolution with its bias and activation, by the kernels of the input's gradient."""
+    for case in (GENERIC[1], GENERIC[3], GENERIC[8]) if family == "generic" else (FEW[3], FEW[4], FEW[7]):
+        check_convolution(emulated, case, F32, *LAYOUTS["nhwc"], family, activation)
+        check_convolution(emulated, case, BF16, *LAYOUTS["nchw"], family, activation, offset=1)
+
+
+@pytest.mark.parametrize("case", GENERIC, ids=str)
+def test_generic_convolutions(emulated, case):  # noqa: F811
+    check_convolution(emulated, case, F64, *LAYOUTS["nchw"], "generic", "leaky_relu")
+    check_convolution(emulated, case, F16, *LAYOUTS["nhwc"], "generic", "relu")
 
 
 def test_unknown_family(emulated):  # noqa: F811
@@ -302,6 +333,14 @@ FEW = [
 @pytest.mark.parametrize("case", FEW, ids=str)
 def test_few(emulated, case, layout, dtype):  # noqa: F811
     check(emulated, case, dtype, *LAYOUTS[layout], "few", activation="relu")
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16, F32], ids=str)
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_few_convolutions(emulated, layout, dtype):  # noqa: F811
+    for case in FEW:
+        check_convolution(emulated, case, dtype, *LAYOUTS[layout], "few", "leaky_relu")
+    check_convolution(emulated, FEW[2], F32, *LAYOUTS[layout], "few", "none", tf32=True)
 
 
 def test_few_layouts_of_the_weight(emulated):  # noqa: F811

@@ -1,4 +1,4 @@
-"""The registered operators of the transposed convolution and of upsampling with a convolution: opcheck, gradients,
+"""The registered operators of the convolutions, transposed, after an upsampling and alone: opcheck, gradients,
 transforms, compile, export, autocast, once for the table of map_ops; then what the transposed convolution alone has."""
 
 import copy
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from cases import LAYOUTS, check_budget
 from map_cases import ACTIVATIONS, Log, Named, gradients_where
-from map_ops import CONV_TRANSPOSE, OPS
+from map_ops import CONV, CONV_TRANSPOSE, OPS
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_modules import module_db
 from upsample_conv_cases import always_folded
@@ -210,7 +210,7 @@ def test_compile_with_inductor_and_autocast(op, inductor):
 @every_op
 def test_export_with_dynamic_sizes(op):
     model = torch.nn.Sequential(*op.layers())
-    n, h = (torch.export.Dim(name, min=2, max=64) for name in ("n", "h"))
+    n, h = (torch.export.Dim(name, min=least, max=64) for name, least in (("n", 2), ("h", op.least_height)))
     program = torch.export.export(model, (torch.randn(2, 4, 8, 9),), dynamic_shapes=({0: n, 2: h},))
     assert sum(node.target is op.forward.default for node in program.graph.nodes) == len(model)
     x = torch.randn(5, 4, 11, 9)
@@ -227,9 +227,8 @@ def test_modes_and_subclasses_see_the_operator(op):
     for args in ((x.as_subclass(Named), w), (x, w.as_subclass(Named))):
         Named.seen.clear()
         assert isinstance(op.function(*args, **kwargs), Named) and op.function in Named.seen
-    assert (
-        op.function(x.to("meta"), w.to("meta"), **kwargs).shape == op.by_torch(x, w, b, **kwargs).shape == (1, 6, 6, 10)
-    )
+    y = op.function(x.to("meta"), w.to("meta"), **kwargs)
+    assert y.shape == op.by_torch(x, w, b, **kwargs).shape == ((1, 6, 2, 3) if op is CONV else (1, 6, 6, 10))
 
 
 # --- autocast ---

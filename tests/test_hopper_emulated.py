@@ -9,7 +9,7 @@ import test_fold_emulated as fold
 import torch
 from emulate.emulator_convolution import pointer
 from emulate.emulator_hopper import configured, hopper  # noqa: F401
-from test_conv_emulated import BF16, F16, F32, LAYOUTS, Case, check
+from test_conv_emulated import BF16, F16, F32, LAYOUTS, Case, check, check_convolution
 
 FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT = PASSES = range(3)
 
@@ -67,6 +67,7 @@ CASES = [
     Case((1, 16, 2, 140), 16, (3, 3), (1, 1), (1, 1)),
     Case((9, 16, 4, 4), 16),
     Case((1, 16, 3, 4), 16, (8, 8), (4, 4), (2, 2)),
+    Case((1, 16, 6, 5), 20, (3, 2), (2, 2), (4, 3)),
 ]
 
 
@@ -241,6 +242,34 @@ def test_activations(hopper, activation):  # noqa: F811
     for layout in ("nchw", "nhwc"):
         check(hopper, case, BF16, *LAYOUTS[layout], "hopper", (FORWARD,), activation)
         check(hopper, case, F32, *LAYOUTS[layout], "hopper_float", (FORWARD,), activation)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_convolutions(hopper, case):  # noqa: F811
+    """The convolution with its bias and activation, by the kernels of the input's gradient."""
+    check_convolution(hopper, case, BF16, *LAYOUTS["nchw"], "hopper", "relu")
+    check_convolution(hopper, case, F16, *LAYOUTS["nhwc"], "hopper")
+    check_convolution(hopper, case, F32, *LAYOUTS["nchw"], "hopper_float", "silu")
+    check_convolution(hopper, case, F32, *LAYOUTS["nhwc"], "hopper_float", "relu", tf32=True)
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "silu", "gelu", "tanh", "sigmoid"])
+def test_activations_of_convolutions(hopper, activation):  # noqa: F811
+    """What is no bound is computed by the kernel that adds ranges, and that does bounds too."""
+    for layout in ("nchw", "nhwc"):
+        check_convolution(hopper, BACK, BF16, *LAYOUTS[layout], "hopper", activation)
+        check_convolution(hopper, CASES[1], F32, *LAYOUTS[layout], "hopper_float", activation)
+        with configured(5 + 100 * 2):
+            check_convolution(hopper, TILED, F16, *LAYOUTS[layout], "hopper", activation)
+
+
+def test_upsampling_by_1_in_several_ranges(hopper):  # noqa: F811
+    """It runs as the input's gradient, whose ranges are added with bias and activation."""
+    case = fold.Case((1, 40, 5, 6), 24, (3, 3), (1, 1), (1, 1))
+    for layout in ("nchw", "nhwc"):
+        with configured(5 + 100 * 2):
+            check(hopper, case, BF16, *LAYOUTS[layout], "hopper", (FORWARD,), "relu")
+        check(hopper, case, BF16, *LAYOUTS[layout], "hopper", (FORWARD,), "leaky_relu")
 
 
 GRADIENTS = (INPUT_GRADIENT, WEIGHT_GRADIENT)

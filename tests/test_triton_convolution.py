@@ -215,6 +215,24 @@ def test_activations(activation, layout):
         assert torch.equal(again, got) and none.shape == (0,)
 
 
+@pytest.mark.parametrize("geometry", ("k4s2", "k4s2-rgb", "k3s2-op1", "k4-one-pixel", "stride-over-kernel", "groups"))
+def test_convolutions(geometry):
+    """Of the output by the same weight, with bias and activation: the kernel of the input's gradient."""
+    for dtype, layout, activation in ((torch.float32, "nchw", "leaky_relu"), (torch.bfloat16, "nhwc", "silu")):
+        case = Case(geometry, dtype, layout)
+        bias = random(case.w.shape[:1], dtype, layout, 4)
+        reference, own = (
+            F.conv2d(
+                *(t.to(d) for t in (case.grad, case.w, bias)), case.stride, case.padding, case.dilation, case.groups
+            )
+            for d in (torch.float64, dtype)
+        )
+        args = (t.to(DEVICE) for t in (case.grad, case.w, bias))
+        got = host.conv2d(*args, case.stride, case.padding, case.groups, case.dilation, activation, 0.3).cpu()
+        after = ACTIVATIONS[activation]
+        check_budget(got, after(reference, 0.3), after(own, 0.3), floor_ulps=4)
+
+
 def test_nan_and_infinity():
     """They pass as in torch."""
     x = torch.zeros(1, 1, 1, 4)
@@ -302,6 +320,11 @@ def test_refusals():
     back = ((2, 2), (1, 1), 1, (1, 1))
     assert why(grad, w, (3, 3), *back, name="conv_transpose2d_input_gradient") is None
     assert "channels" in why(x, w, (3, 3), *back, name="conv_transpose2d_input_gradient")
+    assert why(x, w, None, *back, name="conv2d") == "input has 4 channels, weight and groups say 2"
+    assert why(grad, w, None, *back, "gelu", 0.0, name="conv2d") is None
+    assert "bias has 2" in why(grad, w, b, *back, name="conv2d")
+    assert "swish" in why(grad, w, None, *back, "swish", 0.0, name="conv2d")
+    assert "stride" in why(grad, w, None, (0, 1), *back[1:], name="conv2d")
     assert why(grad, x, (4, 4), *back, name="conv_transpose2d_weight_gradient") is None
     assert "batch" in why(grad, x[:0], (4, 4), *back, name="conv_transpose2d_weight_gradient")
     assert "output" in why(grad, None, "relu", 0.0, True, name="conv_epilogue_gradient")

@@ -100,6 +100,8 @@ LAYERS = {
     "nearest": lambda: aeup.UpsamplingNearest2d(scale_factor=3),
     "corners": lambda: aeup.UpsamplingBilinear2d(size=(8, 5)),
     "transposed": lambda: aeup.ConvTranspose2d(3, 6, 3, 2, 1, output_padding=1, groups=3),
+    "strided": lambda: aeup.Conv2d(3, 6, 3, 2, 1, groups=3),
+    "strided-leaky_relu": lambda: aeup.Conv2d(3, 6, 4, 2, 1, activation=("leaky_relu", 0.3)),
     "norm": lambda: aeup.BatchNorm2d(3, momentum=0.3),
     "norm-silu": lambda: aeup.BatchNorm2d(3, activation="silu").eval(),
     "norm-leaky_relu": lambda: aeup.BatchNorm2d(3, activation=("leaky_relu", 0.3)),

@@ -15,6 +15,7 @@ from upsample_conv_cases import ACTIVATIONS, CASES, DTYPES, LAYOUTS, MODES, Case
 
 import aeup
 from aeup.functional import upsample_geometry_of
+from aeup.ops.interpolate import map_of
 from aeup.ops.upsample_conv_cpu import fold_weight, unfold_gradient
 from aeup.ops.upsample_conv_kernels import MAPS, W, X, Y
 from aeup.ops.upsample_conv_shapes import fold
@@ -144,7 +145,7 @@ def test_only_whole_repetitions_fold():
         w = torch.randn(3, 3, 3, 3)
         torch.testing.assert_close(aeup.upsample_conv2d(x, w, **kwargs), by_torch(x, w, None, **kwargs))
         kwargs = {"size": None, "scale_factor": 2, "mode": "nearest"} | kwargs
-        m = aeup.functional._map(
+        m = map_of(
             x.shape[2:],
             kwargs["size"],
             None if kwargs["size"] else kwargs["scale_factor"],

@@ -84,7 +84,7 @@ def serves_alone(module: nn.Module) -> bool:
     """Whether a convolution without an upsampling gains by aeup: its bias, or an activation, is added in the kernel."""
     return (
         type(module) in CONVOLUTIONS
-        and refuses_convolution(module) is None
+        and _refuses_alone(module) is None
         and module.bias is not None
         and module.groups == 1
         and min(module.in_channels, module.out_channels) >= 16
@@ -94,11 +94,15 @@ def serves_alone(module: nn.Module) -> bool:
 
 def refuses_convolution(conv: nn.Module) -> str | None:
     """Why the convolution cannot take its input at the lower resolution, or None."""
+    if reason := _refuses_alone(conv):
+        return reason
+    return None if conv.stride == (1, 1) else f"the convolution has stride {conv.stride}"
+
+
+def _refuses_alone(conv: nn.Module) -> str | None:
     what = "the convolution"
     if reason := _refuses(conv, CONVOLUTIONS, what):
         return reason
-    if conv.stride != (1, 1):
-        return f"{what} has stride {conv.stride}"
     if conv.dilation != (1, 1):
         return f"{what} has dilation {conv.dilation}"
     return None if conv.padding_mode == "zeros" else f"{what} has padding_mode {conv.padding_mode!r}"

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from aeup.decoder import UPSAMPLE, check_int, check_size, norm_and_activation
 from aeup.models.base import Model, check_choice
-from aeup.nn import ConvTranspose2d, UpsampleConv2d
+from aeup.nn import Conv2d, ConvTranspose2d, UpsampleConv2d
 
 
 @dataclass
@@ -61,10 +61,11 @@ class Discriminator(nn.Module):
     def __init__(self, in_channels: int, size: tuple[int, int], width: int) -> None:
         super().__init__()
         stages, start = halvings(size)
-        layers: list[nn.Module] = [nn.Conv2d(in_channels, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        first = Conv2d(in_channels, width, 4, stride=2, padding=1, activation=("leaky_relu", 0.2))
+        layers: list[nn.Module] = [first, nn.Identity()]
         for i in range(stages - 1):
             c = width * 2**i
-            layers += [nn.Conv2d(c, 2 * c, 4, stride=2, padding=1, bias=False)]
+            layers += [Conv2d(c, 2 * c, 4, stride=2, padding=1, bias=False)]
             layers += norm_and_activation("batch", 2 * c, "leaky_relu")
         layers += [nn.Conv2d(width * 2 ** (stages - 1), 1, start), nn.Flatten(0)]
         self.layers = nn.Sequential(*layers)

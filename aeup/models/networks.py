@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from aeup.decoder import Decoder, check_int, check_size, check_widths, make_activation, norm_and_activation
+from aeup.decoder import Decoder, after_convolution, check_int, check_size, check_widths, make_activation
 from aeup.models.base import check_choice
+from aeup.nn import Conv2d
 
 NETWORKS = ("conv", "mlp")
 
@@ -43,8 +44,8 @@ class Encoder(nn.Module):
         self.image_size = h, w = check_size("image_size", c.image_size)
         layers: list[nn.Module] = []
         for c_out in reversed(check_widths(c.channels)[1:]) if c.network == "conv" else ():
-            layers += [nn.Conv2d(width, c_out, 3, stride=2, padding=1, bias=c.norm is None)]
-            layers += norm_and_activation(c.norm, c_out, c.activation)
+            fused, after = after_convolution(c.norm, c_out, c.activation)
+            layers += [Conv2d(width, c_out, 3, stride=2, padding=1, bias=c.norm is None, activation=fused), *after]
             width, h, w = c_out, (h + 1) // 2, (w + 1) // 2
         self.features = nn.Sequential(*layers, nn.Flatten())
         self.hidden, width = dense(width * h * w, c)

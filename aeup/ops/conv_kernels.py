@@ -150,14 +150,14 @@ def _merged(x, w, bias, g: Geometry) -> Tensor:
     return y.contiguous(memory_format=_LAST)
 
 
-def _cpu_refusal(t: Tensor, way: str | None) -> str | None:
+def cpu_refusal(t: Tensor, way: str | None) -> str | None:
     if not t.is_cpu:
         return f"the tensor is on {t.device}"
     return None if way else "torch's own kernel is the fastest composition for this call"
 
 
 def _cpu_refuses_y(x, w, bias, g, activation, slope) -> str | None:
-    return _cpu_refusal(x, _cpu_way(x, w, bias, g) if x.is_cpu else None)
+    return cpu_refusal(x, _cpu_way(x, w, bias, g) if x.is_cpu else None)
 
 
 def _gradient_way(grad: Tensor, g: Geometry) -> str | None:
@@ -165,7 +165,7 @@ def _gradient_way(grad: Tensor, g: Geometry) -> str | None:
 
 
 def _cpu_refuses_gradient(grad, other, g, w=None) -> str | None:
-    return _cpu_refusal(grad, _gradient_way(grad, g) if grad.is_cpu else None)
+    return cpu_refusal(grad, _gradient_way(grad, g) if grad.is_cpu else None)
 
 
 def _cpu_x(grad, w, g: Geometry) -> Tensor:
@@ -219,7 +219,7 @@ def cuda_backward(grad, x, w, y, g: Geometry, activation, slope, needs) -> tuple
     return tuple(t if need else None for t, need in zip(found, needs, strict=True))
 
 
-def _cuda_refusal(t: Tensor, name: str, g: Geometry | None = None) -> str | None:
+def cuda_refusal(t: Tensor, name: str, g: Geometry | None = None) -> str | None:
     reason = compiled.refusal(t, name)
     return reason or ("a size is 2^30 or more" if g is not None and max(g[:15]) >= 2**30 else None)
 
@@ -301,7 +301,7 @@ def _public_epilogue(*args):
 # --- the ops ---
 
 
-def _serves(*args) -> None:
+def serves(*args) -> None:
     return None
 
 
@@ -310,7 +310,7 @@ def _map_op(kind: int, name: str, cuda, refuses, cpu, cpu_refuses, reference, pu
         "cuda": Kernel(cuda, refuses, _label(kind), plan=_cuda_plan if kind == Y else None),
         "triton": compiled.triton_kernel(name, public, "refuses_convolution"),
         "cpu": Kernel(cpu, cpu_refuses, lambda device, *args: _cpu_label(kind, *args)),
-        "torch": Kernel(reference, _serves),
+        "torch": Kernel(reference, serves),
     }
     of_call = {"op": _NAMES[Y], "pass": _PASSES[kind]}
     return Op(f"aeup.{name}", kernels, of_call, _problem(kind), _features(kind))
@@ -323,24 +323,24 @@ def _cpu_label(kind: int, a: Tensor, b: Tensor, *rest) -> str:
 _NAMES = {Y: "conv_transpose2d", X: "conv_transpose2d_input_gradient", W: "conv_transpose2d_weight_gradient"}
 MAPS = {
     Y: _map_op(
-        Y, _NAMES[Y], _cuda_y, lambda x, w, bias, g, *_: _cuda_refusal(x, _NAMES[Y], g), _cpu_y, _cpu_refuses_y,
+        Y, _NAMES[Y], _cuda_y, lambda x, w, bias, g, *_: cuda_refusal(x, _NAMES[Y], g), _cpu_y, _cpu_refuses_y,
         _torch_y, _public_y,
     ),
     X: _map_op(
-        X, _NAMES[X], _cuda_x, lambda a, b, g: _cuda_refusal(a, _NAMES[X], g), _cpu_x, _cpu_refuses_gradient,
+        X, _NAMES[X], _cuda_x, lambda a, b, g: cuda_refusal(a, _NAMES[X], g), _cpu_x, _cpu_refuses_gradient,
         _torch_x, _public_x,
     ),
     W: _map_op(
-        W, _NAMES[W], _cuda_w, lambda a, b, g, w: _cuda_refusal(a, _NAMES[W], g), _cpu_w, _cpu_refuses_gradient,
+        W, _NAMES[W], _cuda_w, lambda a, b, g, w: cuda_refusal(a, _NAMES[W], g), _cpu_w, _cpu_refuses_gradient,
         _torch_w, _public_w,
     ),
 }  # fmt: skip
 EPILOGUE = Op(
     "aeup.conv_epilogue_gradient",
     {
-        "cuda": Kernel(_cuda_epilogue, lambda grad, *_: _cuda_refusal(grad, "conv_epilogue_gradient")),
+        "cuda": Kernel(_cuda_epilogue, lambda grad, *_: cuda_refusal(grad, "conv_epilogue_gradient")),
         "triton": compiled.triton_kernel("conv_epilogue_gradient", _public_epilogue, "refuses_convolution", False),
-        "cpu": Kernel(epilogue.reference, lambda grad, *_: _cpu_refusal(grad, None)),
-        "torch": Kernel(epilogue.reference, _serves),
+        "cpu": Kernel(epilogue.reference, lambda grad, *_: cpu_refusal(grad, None)),
+        "torch": Kernel(epilogue.reference, serves),
     },
 )

@@ -1,4 +1,4 @@
-"""The geometry of a transposed convolution: sizes, checked; errors are torch's."""
+"""The geometry of a transposed convolution, and of a convolution, its adjoint: sizes, checked; errors are torch's."""
 
 from typing import NamedTuple
 
@@ -29,6 +29,11 @@ class Geometry(NamedTuple):
     padding: tuple
     output_padding: tuple
     dilation: tuple
+
+    def described(self, x, channels: int) -> str:
+        """A call that makes so many channels of `x`."""
+        s, p, d = (f"{a}x{b}" if a != b else str(a) for a, b in (self.stride, self.padding, self.dilation))
+        return f"{list(x.shape)} -> {channels}, k{self.kh}x{self.kw}, s{s}, p{p}" + (f", d{d}" if d != "1" else "")
 
 
 def output_size(i, k, s, p, d):
@@ -75,14 +80,7 @@ def geometry(x_shape, w_shape, sh, sw, ph, pw, oph, opw, groups, dh, dw) -> Geom
 def of_gradient(kind: int, grad, other, size, stride, padding, groups, dilation) -> Geometry:
     """The geometry of a gradient's op: of x (`other` is the weight, `size` the input's) or of w (`other` is the
     input, `size` the kernel's). Raises RuntimeError where the sizes do not belong together."""
-    name = f"aeup.conv_transpose2d_{'input' if kind == X else 'weight'}_gradient"
-    if grad.dim() != 4 or other.dim() != 4:
-        raise RuntimeError(f"{name}: expected 4-D tensors, got shapes {list(grad.shape)} and {list(other.shape)}")
-    if grad.dtype != other.dtype or grad.device != other.device:
-        raise RuntimeError(
-            f"{name}: expected one dtype and device, got {grad.dtype} on {grad.device} and {other.dtype} on "
-            f"{other.device}"
-        )
+    name = _name_of_checked("conv_transpose2d", kind, grad, other)
     co = grad.shape[1]
     (ci, cog, *kernel), image = (other.shape, size) if kind == X else ((other.shape[1], 0, *size), other.shape[2:])
     if groups < 1 or co % groups != 0 or (kind == X and cog * groups != co):
@@ -93,13 +91,59 @@ def of_gradient(kind: int, grad, other, size, stride, padding, groups, dilation)
     fits = shape[0] == grad.shape[0] and more[0] >= 0 and more[1] >= 0
     flat = (*stride, *padding, *more, groups, *dilation)
     found = geometry(shape, (ci, co // groups, *kernel), *flat) if fits else None
-    if found is None:
-        what = "weight" if kind == X else "input"
+    return found or _does_not_fit(name, kind, grad, other, size, stride, padding, groups, dilation)
+
+
+def of_convolution(x_shape, w_shape, sh, sw, ph, pw, groups, dh, dw) -> Geometry | None:
+    """Of the transposed convolution whose adjoint is the convolution of x by w [co, ci / groups, kh, kw]: its input is
+    that one's output, its output x. None where torch refuses with a message of its own, or there is nothing to add."""
+    if len(x_shape) != 4 or len(w_shape) != 4 or not (sh > 0 and sw > 0 and dh > 0 and dw > 0 and groups > 0):
+        return None
+    _, ci, h, w = x_shape
+    co, cig, kh, kw = w_shape
+    if ph < 0 or pw < 0 or cig < 1 or cig * groups != ci or h < 1 or w < 1 or kh < 1 or kw < 1:
+        return None
+    rest_h, rest_w = h + 2 * ph - dh * (kh - 1) - 1, w + 2 * pw - dw * (kw - 1) - 1
+    if rest_h < 0 or rest_w < 0 or co < 1 or co % groups != 0:
+        return None
+    oh, ow = rest_h // sh + 1, rest_w // sw + 1
+    pairs = (sh, sw), (ph, pw), (rest_h % sh, rest_w % sw), (dh, dw)
+    return Geometry(co, ci, oh, ow, h, w, kh, kw, sh, sw, ph, pw, dh, dw, groups, *pairs)
+
+
+def of_convolution_gradient(kind: int, grad, other, size, stride, padding, groups, dilation) -> Geometry:
+    """The same from the arguments of the convolution's gradients: of x (`other` is the weight, `size` the input's) or
+    of w (`other` is the input, `size` the kernel's). Raises RuntimeError where the sizes do not belong together."""
+    name = _name_of_checked("conv2d", kind, grad, other)
+    found = None
+    if groups > 0:
+        n, co = grad.shape[:2]
+        w_shape = other.shape if kind == X else (co, other.shape[1] // groups, *size)
+        x_shape = (n, other.shape[1] * groups, *size) if kind == X else other.shape
+        found = of_convolution(x_shape, w_shape, *stride, *padding, groups, *dilation)
+        if found is not None and grad.shape != (x_shape[0], found.ci, found.ih, found.iw):
+            found = None
+    return found or _does_not_fit(name, kind, grad, other, size, stride, padding, groups, dilation)
+
+
+def _name_of_checked(op: str, kind: int, grad, other) -> str:
+    name = f"aeup.{op}_{'input' if kind == X else 'weight'}_gradient"
+    if grad.dim() != 4 or other.dim() != 4:
+        raise RuntimeError(f"{name}: expected 4-D tensors, got shapes {list(grad.shape)} and {list(other.shape)}")
+    if grad.dtype != other.dtype or grad.device != other.device:
         raise RuntimeError(
-            f"{name}: grad_output {list(grad.shape)} does not fit {what} {list(other.shape)}, size {list(size)}, "
-            f"stride {list(stride)}, padding {list(padding)}, groups {groups}, dilation {list(dilation)}"
+            f"{name}: expected one dtype and device, got {grad.dtype} on {grad.device} and {other.dtype} on "
+            f"{other.device}"
         )
-    return found
+    return name
+
+
+def _does_not_fit(name: str, kind: int, grad, other, size, stride, padding, groups, dilation):
+    what = "weight" if kind == X else "input"
+    raise RuntimeError(
+        f"{name}: grad_output {list(grad.shape)} does not fit {what} {list(other.shape)}, size {list(size)}, "
+        f"stride {list(stride)}, padding {list(padding)}, groups {groups}, dilation {list(dilation)}"
+    )
 
 
 def int_pair(value):

@@ -59,8 +59,7 @@ class _Maps(Maps):
         return (n, g.ci, g.ih, g.iw) if kind == X else (n, g.co, g.oh, g.ow)
 
     def call(self, x: Tensor, g: Geometry) -> str:
-        s, p, d = (f"{a}x{b}" if a != b else str(a) for a, b in (g.stride, g.padding, g.dilation))
-        return f"{list(x.shape)} -> {g.co}, k{g.kh}x{g.kw}, s{s}, p{p}" + (f", d{d}" if d != "1" else "")
+        return g.described(x, g.co)
 
     def joint(self, kernel_x, kernel_w, g):
         if kernel_x in _BY_TORCH[X] and kernel_w in _BY_TORCH[W]:

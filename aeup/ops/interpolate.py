@@ -4,6 +4,7 @@ Both are the same separable banded linear map, one the transpose of the other, s
 and gradients of any order come for free (design: the backward gathers; no atomics, the same bits on every run).
 """
 
+import math
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -33,6 +34,77 @@ class Map(NamedTuple):
     antialias: bool
     scale_h: float | None
     scale_w: float | None
+
+
+def map_of(spatial, size, scale_factor, mode, align_corners, recompute_scale_factor, antialias) -> Map:
+    """The map of :func:`aeup.interpolate`'s arguments. Raises its errors."""
+    smooth = mode == "bilinear" or mode == "bicubic"
+    if align_corners is not None and not smooth:
+        raise ValueError(
+            "align_corners option can only be set with the interpolating modes: "
+            f"linear | bilinear | bicubic | trilinear; got align_corners={align_corners} with mode={mode!r}"
+        )
+    if antialias and not smooth:
+        raise ValueError(
+            "Anti-alias option is restricted to bilinear, bicubic, and lanczos modes and requires a 4-D tensor as "
+            f"input; got antialias={antialias} with mode={mode!r}"
+        )
+    ih, iw = spatial
+    scale_h = scale_w = None
+    if size is not None:
+        if scale_factor is not None:
+            raise ValueError(
+                f"only one of size or scale_factor should be defined; got size={size} and scale_factor={scale_factor}"
+            )
+        if recompute_scale_factor:
+            raise ValueError("recompute_scale_factor is not meaningful with an explicit size.")
+        oh, ow = _pair(size, "output size", "output size of {}", "output size in (o1, o2, ...,oK)", spatial)
+        if not (isinstance(oh, (int, torch.SymInt)) and isinstance(ow, (int, torch.SymInt))):
+            oh, ow = _as_ints(oh, ow)
+    elif scale_factor is not None:
+        form = "scale_factor of shape {}"
+        scale_h, scale_w = _pair(scale_factor, "scale_factor", form, "scale_factor in (s1, s2, ...,sK)", spatial)
+        if not (0 < scale_h < math.inf and 0 < scale_w < math.inf):
+            raise RuntimeError(
+                f"scale_factor must be finite and greater than 0, got {scale_factor} (input sizes H: {ih}, W: {iw})"
+            )
+        oh, ow = torch.sym_int(ih * scale_h), torch.sym_int(iw * scale_w)
+        if recompute_scale_factor:
+            scale_h = scale_w = None
+        else:
+            scale_h, scale_w = float(scale_h), float(scale_w)
+    else:
+        raise ValueError("either size or scale_factor should be defined")
+    if ih < 1 or iw < 1 or oh < 1 or ow < 1:
+        raise RuntimeError(
+            f"Input and output sizes should be greater than 0, but got input (H: {ih}, W: {iw}) output (H: {oh}, "
+            f"W: {ow})"
+        )
+    return Map(ih, iw, oh, ow, mode, bool(align_corners), antialias, scale_h, scale_w)
+
+
+def _pair(value, name, given, form, spatial):
+    if not isinstance(value, (list, tuple)):
+        return value, value
+    if len(value) != 2:
+        what = "Input and output" if name == "output size" else "Input and scale_factor"
+        raise ValueError(
+            f"{what} must have the same number of spatial dimensions, but got input with spatial dimensions of "
+            f"{list(spatial)} and {given.format(value)}. Please provide input tensor in (N, C, d1, d2, ...,dK) "
+            f"format and {form} format."
+        )
+    return value
+
+
+def _as_ints(oh, ow):
+    """Integer-like sizes (numpy integers, 0-d integer tensors) as ints."""
+    for x in (oh, ow):
+        if isinstance(x, (float, bool)) or not hasattr(x, "__index__"):
+            raise TypeError(
+                "expected size to be one of int or Tuple[int] or Tuple[int, int] or Tuple[int, int, int], but got "
+                f"size with types {[type(oh), type(ow)]}"
+            )
+    return oh.__index__(), ow.__index__()
 
 
 # --- kernels. Each takes (src, map, backward): the input, or the gradient of the output; and gives the other side. ---

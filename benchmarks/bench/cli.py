@@ -12,7 +12,7 @@ from click.core import ParameterSource
 from rich.console import Console
 from rich.progress import Progress
 
-from . import conv_transpose2d, interpolate, models, readme, upsample_conv2d
+from . import conv2d, conv_transpose2d, interpolate, models, readme, upsample_conv2d
 from . import tune as tuning
 from .compare import against
 from .everything import measure_everything
@@ -29,6 +29,7 @@ OPERATORS: tuple[Operator, ...] = (
     interpolate.OPERATOR,
     conv_transpose2d.OPERATOR,
     upsample_conv2d.OPERATOR,
+    conv2d.OPERATOR,
     models.OPERATOR,
 )
 RUNS = pathlib.Path("runs") / "bench"

@@ -14,6 +14,7 @@ _PLAIN = {
     aeup.Upsample: nn.Upsample,
     aeup.UpsamplingNearest2d: nn.UpsamplingNearest2d,
     aeup.UpsamplingBilinear2d: nn.UpsamplingBilinear2d,
+    aeup.Conv2d: nn.Conv2d,
     aeup.ConvTranspose2d: nn.ConvTranspose2d,
     aeup.BatchNorm2d: nn.BatchNorm2d,
 }
@@ -23,8 +24,8 @@ _ACTIVATIONS |= {"tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
 
 def twin(model: nn.Module) -> nn.Module:
     """A copy of `model` [any input -> any output] without aeup's ops: nn.Upsample, nn.Conv2d, nn.ConvTranspose2d,
-    nn.BatchNorm2d and activation modules in the place of `aeup.Upsample`, `UpsampleConv2d`, `ConvTranspose2d` and
-    `BatchNorm2d`. Parameters are copied, their names stay.
+    nn.BatchNorm2d and activation modules in the place of `aeup.Upsample`, `UpsampleConv2d`, `Conv2d`,
+    `ConvTranspose2d` and `BatchNorm2d`. Parameters are copied, their names stay.
 
     Raises:
         TypeError: a module of aeup.nn that has no entry here.
@@ -67,6 +68,13 @@ class _UpsampleConv2d(nn.Module):
         return self.activation(self.conv(self.upsample(x)))
 
 
+class _Conv2d(nn.Conv2d):
+    """nn.Conv2d, then `after`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(super().forward(x))
+
+
 class _ConvTranspose2d(nn.ConvTranspose2d):
     """nn.ConvTranspose2d, then `after`."""
 
@@ -81,7 +89,10 @@ class _BatchNorm2d(nn.BatchNorm2d):
         return self.after(super().forward(x))
 
 
-def _with_activation(layer: nn.ConvTranspose2d | nn.BatchNorm2d, activation) -> nn.Module:
-    layer.__class__ = {nn.ConvTranspose2d: _ConvTranspose2d, nn.BatchNorm2d: _BatchNorm2d}[type(layer)]
+_AND_THEN = {nn.Conv2d: _Conv2d, nn.ConvTranspose2d: _ConvTranspose2d, nn.BatchNorm2d: _BatchNorm2d}
+
+
+def _with_activation(layer: nn.Conv2d | nn.ConvTranspose2d | nn.BatchNorm2d, activation) -> nn.Module:
+    layer.__class__ = _AND_THEN[type(layer)]
     layer.after = _activation_module(activation).train(layer.training)
     return layer

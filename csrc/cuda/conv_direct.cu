@@ -77,7 +77,7 @@ const char* run_map(const Convolution& c, Pass pass, void* stream) {
   p.wk = forward ? w.ci : w.co, p.wm = forward ? w.co : w.ci, p.wh = w.h, p.ww = w.w, p.wg = ci * w.ci;
   p.channels_last = c.channels_last;
   p.total = c.n * p.groups * p.rows * p.v.results * p.h.results;
-  if (forward) p.bias = static_cast<const T*>(c.bias), p.activation = c.activation, p.slope = c.slope;
+  p.bias = static_cast<const T*>(c.bias), p.activation = c.activation, p.slope = c.slope;
   AEUP_LAUNCH(direct<T>, ceil_div(p.total, kBlock), kBlock, 0, stream, p);
   return nullptr;
 }

@@ -301,7 +301,7 @@ const char* run(const Convolution& c, Pass pass, void* workspace, void* stream) 
   p.from = forward ? input : output, p.to = forward ? output : input;
   const WeightStrides w = weight_strides(c);
   p.wk = forward ? w.ci : w.co, p.wm = forward ? w.co : w.ci, p.wh = w.h, p.ww = w.w, p.wg = ci * w.ci;
-  if (forward) p.bias = static_cast<const T*>(c.bias), p.activation = c.activation, p.slope = c.slope;
+  p.bias = static_cast<const T*>(c.bias), p.activation = c.activation, p.slope = c.slope;
   if (packs(c, pass)) {
     if (!workspace) return "the generic kernels need a workspace";
     T* const packed = static_cast<T*>(workspace);

@@ -1,4 +1,5 @@
-// Input gradient for 1 to 4 output channels, stride 2 and a window of 4 taps: bound by the stores of the result.
+// Input gradient for 1 to 4 output channels, stride 2 and a window of 4 taps: bound by the stores of the result. Or,
+// with bias and activation, the convolution of an image.
 //
 // grad of the input at a pixel is a product of its 4 x 4 x CO patch of the output's gradient with the weights. A block
 // keeps the gradient of a tile in shared memory as [row][column][co]: four columns of a patch row are adjacent words,
@@ -15,7 +16,7 @@ constexpr int kThreads = 128, kWarps = 4, kTileRows = 8;
 
 template <class T>
 struct FewGradient {
-  const T *grad, *weight;
+  const T *grad, *weight, *bias;  // bias [ci], or null
   T* result;
   int ci, ih, iw, oh, ow;
   Strides from, to;
@@ -27,6 +28,8 @@ struct FewGradient {
   int pieces;  // of 16 bytes that touch a line of the tile
   Divider by_pieces;
   int grad_alignment, alignment;  // bytes, of every line of the gradient and of the result
+  Activation activation;
+  float slope;
 };
 
 template <class T, int kCO, bool kLast, bool kSplit>
@@ -144,6 +147,7 @@ __global__ void __launch_bounds__(kThreads, GradientShape<T, kCO, kLast, kSplit>
     }
   };
 
+  const auto bias_of = [&](int ci) { return p.bias && ci < p.ci ? load_one(p.bias + ci) : 0.f; };
   for (int64_t index = blockIdx.x; index < p.tiles; index += gridDim.x) {
     Split at = split(index, p.column_tiles);
     const int j0 = int(at.remainder) * width;
@@ -171,7 +175,11 @@ __global__ void __launch_bounds__(kThreads, GradientShape<T, kCO, kLast, kSplit>
               make_operand<T, kSplit>(word(half * 16 + g + k % 2 * 8, 8 * s + k / 2 * 4 + q), &a[s][k], &d[s][k]);
 #pragma unroll 1
           for (int group = 0; group < p.groups; ++group) {
-            float acc[Q::kN][4] = {};
+            float acc[Q::kN][4];
+#pragma unroll
+            for (int u = 0; u < Q::kN; ++u)
+#pragma unroll
+              for (int k = 0; k < 4; ++k) acc[u][k] = bias_of(group * Q::kGroup + q * kV + 2 * u + k % 2);
 #pragma unroll
             for (int s = 0; s < kSteps; ++s)
 #pragma unroll
@@ -194,6 +202,7 @@ __global__ void __launch_bounds__(kThreads, GradientShape<T, kCO, kLast, kSplit>
               float v[kV];
 #pragma unroll
               for (int u = 0; u < Q::kN; ++u) v[2 * u] = acc[u][2 * r], v[2 * u + 1] = acc[u][2 * r + 1];
+              activate_all(v, p.activation, p.slope);
               T* const to = result + pixel * p.to.w + channel;
               if (channel >= p.ci) continue;
               if (p.alignment == 16) {
@@ -217,7 +226,11 @@ __global__ void __launch_bounds__(kThreads, GradientShape<T, kCO, kLast, kSplit>
               make_operand<T, kSplit>(word(4 * g + t, 8 * s + 4 * r + q), &b[t][s][r], &d[t][s][r]);
 #pragma unroll 1
         for (int group = 0; group < p.groups; ++group) {
-          float acc[4][4] = {};
+          float acc[4][4];
+#pragma unroll
+          for (int t = 0; t < 4; ++t)
+#pragma unroll
+            for (int k = 0; k < 4; ++k) acc[t][k] = bias_of(group * 16 + g + k / 2 * 8);
 #pragma unroll
           for (int s = 0; s < kSteps; ++s) {
             const uint4* const a4 = reinterpret_cast<const uint4*>(weights) + (group * kSteps + s) * kParts * 32 + lane;
@@ -240,6 +253,7 @@ __global__ void __launch_bounds__(kThreads, GradientShape<T, kCO, kLast, kSplit>
             float v[8];
 #pragma unroll
             for (int k = 0; k < 8; ++k) v[k] = acc[k % 4][2 * r + k / 4];
+            activate_all(v, p.activation, p.slope);
             T* const to = result + channel * p.to.c + pixel;
             const int left = p.iw - (j0 + lj + pixel);
 #pragma unroll
@@ -278,6 +292,7 @@ template <class T, bool kLast, bool kSplit>
 const char* run(const Convolution& c, void* stream) {
   FewGradient<T> p{};
   p.grad = static_cast<const T*>(c.grad), p.weight = static_cast<const T*>(c.weight);
+  p.bias = static_cast<const T*>(c.bias), p.activation = c.activation, p.slope = float(c.slope);
   p.result = static_cast<T*>(c.result);
   p.ci = int(c.ci), p.ih = int(c.ih), p.iw = int(c.iw), p.oh = int(c.oh), p.ow = int(c.ow);
   p.from = strides_of(c.co, c.oh, c.ow, c.channels_last), p.to = strides_of(c.ci, c.ih, c.iw, c.channels_last);

@@ -40,7 +40,12 @@ const char* launch_gemm(const ForwardParams& p, int config, DType dtype, void* s
 template <int kMaps>  // 4 or kGemmMaps
 const char* launch_gemm(const GradientParams<kMaps>& p, int config, DType dtype, void* stream);
 
-// The sums of ranges, float32 [splits, n, ih, iw, ci8], added in order to the input's gradient.
+// The activations of the kernels' short epilogue.
+inline bool is_bound(Activation a) { return a <= Activation::relu; }
+// Whether the input gradient leaves float32 sums of ranges for add_ranges. Other activations take that way: the kernel
+// would be longer for all calls, or there twice.
+inline bool has_partial(int splits, Activation a) { return splits > 1 || !is_bound(a); }
+// The sums of ranges, float32 [splits, n, ih, iw, ci8], added in order, with bias and activation.
 const char* add_ranges(const Convolution& c, const float* partial, int splits, void* stream);
 
 // Tiles for results in NCHW: bm channels and bn pixels, `columns` of them in a product.

@@ -159,8 +159,8 @@ Choice plan_forward(const Convolution& c) {
   const Work work = work_of(c, c.ci, ceil_div(c.kh, c.sh) * ceil_div(c.kw, c.sw));
   Choice best;
   if (!c.channels_last && c.sw <= 2)
-    best = plan_turned(c.n, ceil_div(c.oh, c.sh), ceil_div(c.ow, c.sw), c.co, c.sw, c.sh, work,
-                       c.activation > Activation::relu);
+    best =
+        plan_turned(c.n, ceil_div(c.oh, c.sh), ceil_div(c.ow, c.sw), c.co, c.sw, c.sh, work, !is_bound(c.activation));
   const double after = c.channels_last ? 0 : pass_cost(4. * c.n * c.oh * c.ow * c.co);
   const double result = c.co % 4 ? kResult : kWholeResult;
   for (int config = 0; config < kGemmConfigCount; ++config)
@@ -200,13 +200,14 @@ Choice plan_input_gradient(const Convolution& c) {
   const int taps = reaching(c.kh, c.sh, c.ph, c.dh, c.oh) * reaching(c.kw, c.sw, c.pw, c.dw, c.ow);
   const Work work = work_of(c, c.co, max(taps, 1));
   Choice best;
-  if (!c.channels_last) best = plan_turned(c.n, c.ih, c.iw, c.ci, 1, 1, work, false);
+  const bool bound = is_bound(c.activation);
+  if (!c.channels_last && bound) best = plan_turned(c.n, c.ih, c.iw, c.ci, 1, 1, work, false);
   const double elements = double(c.n * c.ih * c.iw * c.ci);
   const double after = c.channels_last ? 0 : pass_cost(4 * elements);
   const double result = c.ci % 4 ? kResult : kWholeResult;
   const int forced = forced_config();
   for (int config = 0; config < kGemmConfigCount; ++config)
-    for (int splits = 1; splits == 1 || (!has_epilogue(c) && splits <= 32 && 4 * splits <= work.steps); splits *= 2) {
+    for (int splits = 1; splits == 1 || (splits <= 32 && 4 * splits <= work.steps); splits *= 2) {
       if (forced >= 0 && forced != config + (splits == 1 ? 0 : 100 * splits)) continue;
       const int bm = kGemmConfigs[config].bm, bn = kGemmConfigs[config].bn;
       const Box box = choose_box(c.n, c.ih, c.iw, bm, false);
@@ -214,12 +215,13 @@ Choice plan_input_gradient(const Convolution& c) {
       const int64_t tiles = pixels * ceil_div(c.ci, bn);
       // Ranges of the sum keep more multiprocessors busy where there are few tiles; a second kernel adds them.
       if (splits > 1 && forced < 0 && tiles * splits > 2 * 132) continue;
+      const bool partial = has_partial(splits, c.activation);
       Work part = work;
       part.steps = std::ceil(work.steps / splits), part.full_steps = work.full_steps / splits;
-      part.bytes += splits == 1 ? 0 : 4 * splits * elements;
+      part.bytes += partial ? 4 * splits * elements : 0;
       const double cost = cost_of(tiles * splits, part, bm, bn, bm + (bn < 64 ? 64 : bn), bn,
-                                  bm * bn * (splits == 1 ? result : kPartialResult)) +
-                          (splits == 1 ? after : pass_cost((4 * splits + 2) * elements));
+                                  bm * bn * (partial ? kPartialResult : result)) +
+                          (partial ? pass_cost((4 * splits + 2) * elements) : after);
       if (cost < best.cost) best = {config, Arrangement::separate, box, cost, splits};
     }
   return best;
@@ -335,11 +337,12 @@ const char* launch_input_gradient(const Convolution& c, const void* grad, const 
   }
   p.groups = 1, p.merged = 1;
   p.group[0] = {0, int16_t(taps), 0, 0};
-  p.out = out, p.bias = c.bias, p.n = c.n;
+  const bool partial = has_partial(best.splits, c.activation);
+  p.out = out, p.bias = partial ? nullptr : c.bias, p.n = c.n;
   p.splits = best.splits;
-  p.oh = int(c.ih), p.ow = int(c.iw), p.c = p.columns = int(best.splits > 1 ? round_up(c.ci, 8) : c.ci);
+  p.oh = int(c.ih), p.ow = int(c.iw), p.c = p.columns = int(partial ? round_up(c.ci, 8) : c.ci);
   p.word = word_of(c.ci), p.stride_h = p.stride_w = 1;
-  p.activation = int(c.activation), p.slope = float(c.slope);
+  p.activation = int(c.activation);
   p.chunks = int(chunks), p.short_chunk = short_chunk(c.co);
   p.blocks = int(ceil_div(c.ci, bn));
   p.box_n = box.n, p.box_h = box.h, p.box_w = box.w;
@@ -373,7 +376,7 @@ Layout layout_of(const Convolution& c, Pass pass) {
   else if (c.folded() || !c.weight_channels_last || c.co % 8 || reinterpret_cast<uintptr_t>(c.weight) % 16)
     l.add(&l.weight, int64_t(c.kh) * c.kw * c.ci * round_up(c.co, 8) * 2);
   const Choice& choice = pass == Pass::forward ? forward_choice(c) : gradient_choice(c);
-  if (choice.splits > 1)
+  if (pass == Pass::input_gradient && has_partial(choice.splits, c.activation))
     l.add(&l.out, choice.splits * c.n * c.ih * c.iw * round_up(c.ci, 8) * 4);
   else if (!c.channels_last && choice.arrangement != Arrangement::turned)
     l.add(&l.out, pass == Pass::forward ? c.n * c.oh * c.ow * c.co * 2 : c.n * c.ih * c.iw * c.ci * 2);
@@ -408,7 +411,7 @@ const char* refuses(const Convolution& c, Pass pass, int major, int) {
 Convolution as_run(const Convolution& given, Pass* pass) {
   if (*pass != Pass::forward) return given;
   const bool alone = given.folded() && given.fold_h.scale == 1 && given.fold_w.scale == 1;
-  if (!alone || given.activation > Activation::relu) return normal(given);
+  if (!alone || !is_bound(given.activation)) return normal(given);
   *pass = Pass::input_gradient;
   Convolution c = given;
   c.ci = given.co, c.ih = given.oh, c.iw = given.ow, c.co = given.ci, c.oh = given.ih, c.ow = given.iw;
@@ -457,8 +460,9 @@ const char* run(const Convolution& given, Pass pass, void* memory, void* stream)
     if ((e = channels_last_of(c, &grad, c.co, c.oh, c.ow, l.source, workspace, stream))) return e;
     const auto launch = c.sh * c.sw <= 4 ? launch_input_gradient<4> : launch_input_gradient<kGemmMaps>;
     if ((e = launch(c, grad, weight, w_channel, w_tap, out, stream))) return e;
-    if (gradient_choice(c).splits > 1)
-      e = add_ranges(c, static_cast<const float*>(out), gradient_choice(c).splits, stream);
+    const int splits = gradient_choice(c).splits;
+    if (has_partial(splits, c.activation))
+      e = add_ranges(c, static_cast<const float*>(out), splits, stream);
     else if (l.out >= 0)
       e = from_channels_last(out, c.result, c.n, c.ci, c.ih * c.iw, c.ci, stream);
   }

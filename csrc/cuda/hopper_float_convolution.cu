@@ -142,9 +142,9 @@ const char* launch_input_gradient(const Convolution& c, const void* grad, Operan
     }
   p.groups = 1;
   p.group[0] = {0, int16_t(taps), 0, 0};
-  p.out = out, p.bias = nullptr;
+  p.out = out, p.bias = c.bias;
   p.oh = int(c.ih), p.ow = int(c.iw), p.c = p.columns = int(c.ci), p.stride_h = p.stride_w = 1;
-  p.activation = 0, p.slope = 0;
+  p.activation = int(c.activation), p.slope = c.slope;
   p.chunks = int(ceil_div(c.co, 32));
   return finish(&p, c, choice, w, c.ih, c.iw, stream);
 }

@@ -83,8 +83,6 @@ inline Early early_of(const Phases& a) {
   return early;
 }
 
-inline bool has_epilogue(const Convolution& c) { return c.bias || c.activation != Activation::none; }
-
 template <size_t N>
 struct KeyHash {
   size_t operator()(const std::array<int64_t, N>& key) const {
@@ -100,7 +98,7 @@ const Found& remembered(const Convolution& c, Pass pass, Found (*plan)(const Con
   using Key = std::array<int64_t, 17>;
   thread_local std::unordered_map<Key, Found, KeyHash<17>> known;
   thread_local const std::pair<const Key, Found>* last = nullptr;
-  const bool end = pass == Pass::forward ? c.activation > Activation::relu : has_epilogue(c);  // what plans depend on
+  const bool end = !is_bound(c.activation);  // what plans depend on
   const int flags = c.tf32 | c.channels_last << 1 | c.weight_channels_last << 2 | c.folded() << 3 | end << 4;
   const int64_t kind = (int64_t(c.dtype) << 5 | flags) * 4 + int64_t(pass);
   const Key key{kind, c.n,  c.ci, c.co, c.ih, c.iw, c.oh, c.ow,           c.kh,

@@ -2,6 +2,7 @@
 
 from .batch_norm import batch_norm, batch_norm_backward, refuses_batch_norm
 from .convolution import (
+    conv2d,
     conv_epilogue_gradient,
     conv_transpose2d,
     conv_transpose2d_input_gradient,
@@ -19,6 +20,7 @@ from .upsample_conv import (
 __all__ = [
     "batch_norm",
     "batch_norm_backward",
+    "conv2d",
     "conv_epilogue_gradient",
     "conv_transpose2d",
     "conv_transpose2d_input_gradient",

@@ -143,6 +143,26 @@ def _refuses_input_gradient(grad_output, weight, input_size, stride, padding, gr
     return None
 
 
+def _refuses_conv2d(input, weight, bias, stride, padding, groups, dilation, activation=None, slope=0.01, *, tf32=False):
+    if reason := tensor_refusal(input=input, weight=weight, bias=bias):
+        return reason
+    if activation not in ACTIVATIONS:
+        return f"activation must be None or one of {', '.join(ACTIVATIONS[1:])}; got {activation!r}"
+    if bias is not None and bias.shape[0] != weight.shape[0]:
+        return f"bias has {bias.shape[0]} elements, the result {weight.shape[0]} channels"
+    if input.shape[1] != weight.shape[1] * groups:
+        return f"input has {input.shape[1]} channels, weight and groups say {weight.shape[1] * groups}"
+    if min(stride) < 1:
+        return f"stride must be two numbers of at least 1, got {tuple(stride)}"
+    size = _convolved(input, weight, stride, padding, dilation)
+    return _refuses_input_gradient(input, weight, size, stride, padding, groups, dilation)
+
+
+def _convolved(input, weight, stride, padding, dilation) -> tuple[int, int]:
+    of = zip(input.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    return tuple((i + 2 * p - d * (k - 1) - 1) // s + 1 for i, k, s, p, d in of)
+
+
 def _refuses_weight_gradient(grad_output, input, kernel_size, stride, padding, groups, dilation, *, tf32=False):
     if reason := tensor_refusal(grad_output=grad_output, input=input):
         return reason
@@ -165,6 +185,7 @@ def _refuses_epilogue(grad_output, output, activation, slope, bias):
 
 
 _REFUSES = {
+    "conv2d": _refuses_conv2d,
     "conv_transpose2d": _refuses_forward,
     "conv_transpose2d_input_gradient": _refuses_input_gradient,
     "conv_transpose2d_weight_gradient": _refuses_weight_gradient,
@@ -248,6 +269,25 @@ def conv_transpose2d_input_gradient(
     """
     args = (grad_output, weight, input_size, stride, padding, groups, dilation)
     _check("conv_transpose2d_input_gradient", *args, tf32=tf32)
+    return _back(*args, tf32)
+
+
+def conv2d(
+    input, weight, bias, stride, padding, groups, dilation, activation=None, slope=0.01, *, tf32=False
+) -> torch.Tensor:
+    """activation(conv2d(input, weight) + bias): the kernel of conv_transpose2d_input_gradient, with its epilogue.
+
+    input [N, C, H, W], weight [K, C / groups, kh, kw], bias [K] or None; the result is [N, K, OH, OW]. The rest as in
+    `conv_transpose2d`.
+    """
+    _check("conv2d", input, weight, bias, stride, padding, groups, dilation, activation, slope, tf32=tf32)
+    size = _convolved(input, weight, stride, padding, dilation)
+    return _back(input, weight, size, stride, padding, groups, dilation, tf32, bias, activation, slope)
+
+
+def _back(
+    grad_output, weight, input_size, stride, padding, groups, dilation, tf32, bias=None, activation=None, slope=0.01
+) -> torch.Tensor:
     n, made = grad_output.shape[0], grad_output.shape[2:]
     weight_nhwc = is_channels_last(weight)
     nhwc = weight_nhwc or is_channels_last(grad_output)
@@ -261,8 +301,10 @@ def conv_transpose2d_input_gradient(
         return out.zero_()
     size = tuple(input_size)
     c = _convolution(grad, n, weight.shape, groups, size, made, stride, padding, dilation, nhwc, weight_nhwc, tf32)
-    plan = prepared(gemm_plan, c, True)
-    run(*plan, grad, {"x": grad, "w": weight, "bias": out, "y": out})
+    slope = float(slope) if activation == "leaky_relu" else 0.0
+    plan = prepared(gemm_plan, c, True, bias is not None, ACTIVATIONS.index(activation), slope)
+    bias = out if bias is None else bias.contiguous()
+    run(*plan, grad, {"x": grad, "w": weight, "bias": bias, "y": out})
     return out
 
 

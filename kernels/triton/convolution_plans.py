@@ -128,7 +128,7 @@ def _channels_innermost(c: Convolution, channels: int, pixels: int) -> bool:
 
 @lru_cache(maxsize=1024)
 def gemm_plan(c: Convolution, back: bool, bias: bool = False, activation: int = 0, slope: float = 0.0) -> Plan:
-    """Forward (x, w, bias) -> y, or the input gradient (grad, w) -> y."""
+    """Forward (x, w, bias) -> y, or the input gradient (grad, w) -> y, with `bias` or `activation` the convolution."""
     v, h = c.vertical, c.horizontal
     ck, cn = (c.channels_out, c.channels_in) if back else (c.channels_in, c.channels_out)
     x_size = (v.size_out, h.size_out) if back else (v.size_in, h.size_in)

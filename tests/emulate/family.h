@@ -50,7 +50,7 @@ inline const char* run_pass(aeup::Convolution c, aeup::Pass pass, const char* fa
   if (share) device.reads(c.shared_grad, f->shared(c));
   if (pass != Pass::forward && !share) device.reads(c.grad, out);
   if (pass != Pass::weight_gradient) device.reads(c.weight, weight_bytes);
-  device.reads(c.bias, c.co * e);
+  device.reads(c.bias, (pass == Pass::forward ? c.co : c.ci) * e);
   device.writes(c.result, pass == Pass::forward ? out : pass == Pass::input_gradient ? in : weight_bytes);
   if (const char* error = f->launch(c, pass, device.at, nullptr)) return answer(error);
   return device.all_stored();
