@@ -315,12 +315,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(aeup_native, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(aeup_native, CompositeExplicitAutograd, m) {
   m.impl("conv_transpose2d_kernel", TORCH_BOX(&kernel_name));
+#ifdef AEUP_WITH_CUDA
+  m.impl("conv_transpose2d_plan", TORCH_BOX(&forward_plan));  // reads no memory
+#endif
 }
 
 #ifdef AEUP_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(aeup_native, CUDA, m) {
   m.impl("conv_transpose2d", TORCH_BOX(&forward));
-  m.impl("conv_transpose2d_plan", TORCH_BOX(&forward_plan));
   m.impl("conv_planned", TORCH_BOX(&aeup::conv_planned));
   m.impl("conv_transpose2d_input_gradient", TORCH_BOX(&input_gradient));
   m.impl("conv_transpose2d_weight_gradient", TORCH_BOX(&weight_gradient));

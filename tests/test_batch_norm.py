@@ -253,6 +253,17 @@ def test_module(native, tracks, affine, momentum):
             assert ours.num_batches_tracked == 3 * training and ours.num_batches_tracked.dtype is torch.int64
 
 
+def test_a_counter_of_another_kind_is_torchs():
+    ours, other = pair(True)
+    x = torch.randn(3, 4, 2, 5)
+    ours(x), other(x)  # its plan is not theirs
+    for norm in (ours, other[0]):
+        norm.num_batches_tracked = torch.tensor(1, dtype=torch.int32)
+    torch.testing.assert_close(ours(x), other(x))
+    torch.testing.assert_close(ours.state_dict(), other[0].state_dict())
+    assert ours.num_batches_tracked == 2 and aeup.explain(ours, x)[0].backend == "torch"
+
+
 def test_module_is_a_batch_norm_that_copies_and_prints():
     ours, _ = pair()
     assert isinstance(ours, nn.BatchNorm2d) and "activation='silu'" in repr(ours)

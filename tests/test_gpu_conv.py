@@ -25,6 +25,8 @@ BIG = (  # tiles that fill, and do not fill, those of the matrix kernels
     Case("groups", (2, 128, 17, 16), (128, 32, 4, 4), {"stride": 2, "padding": 1, "groups": 2}),
     Case("depthwise", (2, 96, 20, 21), (96, 1, 4, 4), {"stride": 2, "padding": 1, "groups": 96}),
     Case("latent", (32, 100, 1, 1), (100, 96, 4, 4)),
+    Case("one-row", (2, 16, 1, 9), (16, 16, 8, 16), {"stride": (4, 16)}),
+    Case("padded-away", (3, 20, 1, 1), (20, 40, 1, 8), {"stride": (1, 8), "padding": (0, 4), "output_padding": (0, 1)}),
 )
 
 
@@ -84,6 +86,17 @@ def test_activations(case, activation, backend):
         for layout in LAYOUTS:
             with float32_precision("ieee"):
                 check(case, dtype, layout, backend, activation)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_of_nan_and_infinity(backend):
+    of = torch.tensor([torch.nan, torch.inf, -torch.inf, -1.0, -0.0, 0.0, 2.0], device="cuda")
+    y, grad = (t.contiguous() for t in torch.cartesian_prod(of, of).T.view(2, 1, 7, 7, 1))
+    wants = torch.ops.aten.threshold_backward(grad, y, 0), torch.ops.aten.leaky_relu_backward(grad, y, 0.3, True)
+    for activation, want in zip(("relu", "leaky_relu"), wants, strict=True):
+        with aeup.backend(backend):
+            got, _ = torch.ops.aeup.conv_epilogue_gradient(grad, y, activation, 0.3, False)
+        torch.testing.assert_close(got, want, equal_nan=True)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -92,6 +92,13 @@ def test_one_input_row_and_many_phases(hopper, kernel, stride):  # noqa: F811
         check(hopper, case, F32, *LAYOUTS["nhwc"], "hopper_float", (FORWARD,))
 
 
+def test_refuses_more_phases_than_32_bits_count(hopper):  # noqa: F811
+    case = Case((1, 16, 1, 1), 16, (3, 3), (1 << 16, 1 << 16), (0, 0))
+    for which in PASSES:
+        with pytest.raises(RuntimeError, match="too many phases"):
+            check(hopper, case, BF16, *LAYOUTS["nhwc"], "hopper", (which,))
+
+
 TILED = Case((2, 20, 7, 11), 70, (3, 3), (2, 2), (1, 1), (1, 1))  # several tiles whatever their size
 BACK = Case((2, 70, 7, 11), 20, (3, 3), (2, 2), (1, 1), (1, 1))
 ALIKE = Case((2, 20, 7, 11), 40)  # as many taps in each phase, and few enough channels for phases as columns

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import aeup
-from aeup import tuned
+from aeup import _native, tuned
 from aeup.ops.conv_transpose2d import CONV_TRANSPOSE2D
 from aeup.ops.interpolate import plan_key as resample_key
 from aeup.ops.maps import plan_key
@@ -146,3 +146,18 @@ def test_extension_refuses_other_tensors_than_those_of_a_number():
     for unknown in (-1, number + 1):
         with pytest.raises(RuntimeError, match=f"there is no plan {unknown}"):
             ops.interpolate_planned(x, unknown)
+
+
+@pytest.mark.skipif(not _native.cuda, reason="the extension was built without CUDA")
+def test_the_extension_plans_convolutions():
+    """Their argument lists: the calls themselves are a GPU's."""
+    x, w = torch.empty(2, 8, 5, 7, device="meta"), torch.empty(8, 8, 3, 3, device="meta")
+    ops, numbers = torch.ops.aeup_native, []
+    for activation in (0, 1, 6):
+        numbers.append(ops.conv_transpose2d_plan(x, w, 2, 2, 1, 1, 1, 0, 1, 1, 1, activation, 0.1, False))
+        numbers.append(ops.upsample_conv2d_plan(x, w, 2, 2, 1, 1, 1, activation, 0.1, True))
+    assert numbers == list(range(numbers[0], numbers[0] + 6))
+    with pytest.raises(RuntimeError, match="activation must be 0 to 6, got 7"):
+        ops.conv_transpose2d_plan(x, w, 2, 2, 1, 1, 1, 0, 1, 1, 1, 7, 0.1, False)
+    with pytest.raises(RuntimeError, match="do not belong together"):
+        ops.conv_transpose2d_plan(x, w, 2, 2, 1, 1, 2, 0, 1, 1, 1, 0, 0.1, False)

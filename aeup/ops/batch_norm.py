@@ -174,7 +174,7 @@ def by_torch(x, weight, bias, running_mean, running_var, counter, norm: Norm) ->
     return activate(y, norm.activation, norm.slope, inplace=True)
 
 
-def _unserved(x, weight, bias, running_mean, running_var, norm: Norm) -> str | None:
+def _unserved(x, weight, bias, running_mean, running_var, norm: Norm, counter: Tensor | None = None) -> str | None:
     """Why this is torch's: to compute, or to raise its error."""
     if x.dim() != 4 or x.dtype not in compiled.FLOATS or x.layout is not torch.strided:
         return "serves dense float64, float32, float16 or bfloat16 tensors [N, C, H, W]"
@@ -186,6 +186,8 @@ def _unserved(x, weight, bias, running_mean, running_var, norm: Norm) -> str | N
             return "weight, bias and running statistics must have one element for each channel, beside the input"
     if (running_mean is None) != (running_var is None) or (running_mean is None and not norm.training):
         return "running_mean and running_var belong together, and are needed outside training"
+    if counter is not None and (counter.device != x.device or counter.dtype is not torch.int64 or counter.numel() != 1):
+        return "the counter of batches must be one int64 beside the input"
     if norm.training and n * h * w == 1:
         return "one value per channel has no variance"
     good = isinstance(norm.momentum, float) and (norm.eps > 0 or (norm.eps == 0 and not norm.training))
@@ -199,14 +201,14 @@ def batch_norm(x, weight, bias, running_mean, running_var, counter, norm: Norm) 
     key = None
     if not (traced(x, weight, bias) or transforms_active() or forward_ad._current_level >= 0):
         needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:3])
-        by_channel = *map(_place, args[1:5]), x.device
+        by_channel = *map(_place, args[1:5]), x.device, counter is None or (counter.device, counter.dtype)
         key = needs_grad, get_backend(), norm, x.shape, x.stride(), x.dtype, by_channel, x.layout
         plan = PLANS.get(key)
         if plan is not None:
             return plan.run(args)
     elif _of_the_compiler(x):
         return by_torch(*args)
-    reason = _unserved(x, weight, bias, running_mean, running_var, norm)
+    reason = _unserved(x, weight, bias, running_mean, running_var, norm, counter)
     if reason:
         note_torch("aeup.batch_norm", lambda: f"{list(x.shape)}, {x.dtype}", reason)
         return by_torch(*args)

@@ -391,8 +391,8 @@ const char* refuses(const Convolution& c, Pass pass, int major, int) {
   if (c.dtype != DType::bf16 && c.dtype != DType::f16) return "bfloat16 and float16 only";
   if (c.groups != 1) return "one group only";
   if (c.ci < 16 || c.co < 16) return "fewer than 16 channels";
-  if (c.kh * c.kw > 256) return "more than 256 kernel elements";
-  if (c.sh * c.sw > (pass == Pass::forward ? kGemmGroups : kGemmMaps)) return "the stride has too many phases";
+  if (int64_t(c.kh) * c.kw > 256) return "more than 256 kernel elements";
+  if (int64_t(c.sh) * c.sw > (pass == Pass::forward ? kGemmGroups : kGemmMaps)) return "the stride has too many phases";
   const int reach_h = (c.dh * c.kh + c.ph) / c.sh + 2, reach_w = (c.dw * c.kw + c.pw) / c.sw + 2;
   if (reach_h > 120 || reach_w > 120) return "kernel, dilation or padding is too long for the stride";
   // A kernel index that meets no output takes the box 128 pixels before: that must be outside, whatever the tile.

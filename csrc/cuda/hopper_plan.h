@@ -17,8 +17,9 @@ inline int floor_div(int a, int b) { return (a >= 0 ? a : a - b + 1) / b; }
 // One transposed convolution with one input pixel along an axis writes each output once, whatever the stride: then the
 // stride is taken as the kernel's extent, so that no tap falls outside; as long as there is a group for each phase.
 inline Convolution normal(Convolution c) {
-  if (c.ih == 1 && c.dh == 1 && c.kh <= 8 && c.kh * c.sw <= kGemmGroups) c.sh = c.kh;
-  if (c.iw == 1 && c.dw == 1 && c.kw <= 8 && c.sh * c.kw <= kGemmGroups) c.sw = c.kw;
+  const auto room = [](int kernel, int stride, int other) { return kernel <= stride || kernel * other <= kGemmGroups; };
+  if (c.ih == 1 && c.dh == 1 && c.kh <= 8 && room(c.kh, c.sh, c.sw)) c.sh = c.kh;
+  if (c.iw == 1 && c.dw == 1 && c.kw <= 8 && room(c.kw, c.sw, c.sh)) c.sw = c.kw;
   return c;
 }
 
