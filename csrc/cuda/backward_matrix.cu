@@ -64,7 +64,7 @@ AEUP_DEV void each_weight(const Axis<float>& axis, int o, F f) {
     sum = 0;
   }
 }
-// Element (i, j) of a plane's result without the zero weights of columns, for where an Inf met one of those.
+// Element (i, j) of a plane's result without the weights that are zero, for where an Inf met one of those.
 template <class T, int K>
 AEUP_DEV float without_zeros(const MatrixArgs& p, const T* plane, int i, int j) {
   const int last_o = outputs_before<K>(p.v, i + 1), last = outputs_before<K>(p.u, j + 1);
@@ -77,7 +77,8 @@ AEUP_DEV float without_zeros(const MatrixArgs& p, const T* plane, int i, int j) 
       const float w = weight_of<K>(p.u.axis, c, j);
       if (w != 0.f) h = fmaf(w, load_one(plane + int64_t(o) * p.u.out + c), h);
     }
-    sum = fmaf(weight_of<K>(p.v.axis, o, i), h, sum);
+    const float w = weight_of<K>(p.v.axis, o, i);
+    if (w != 0.f) sum = fmaf(w, h, sum);
   }
   return sum;
 }
@@ -287,7 +288,7 @@ MatrixPlan plan_matrix(const Problem& p) {
     least = strips * (steps + 2);
     a.rows = each, a.strips = strips, a.steps = steps;
   }
-  for (a.segs = 1;; ++a.segs) {
+  for (a.segs = int(ceil_div(a.u.out, 16 * kPairs * kMostWarps));; ++a.segs) {
     a.seg = int(ceil_div(ceil_div(a.u.in, a.segs), 8)) * 8;
     const int reach = a.segs == 1 ? a.u.out : smaller(most_outputs(a.u, a.seg + K - 1) + 7, a.u.out);
     a.pairs = int(ceil_div(reach, 16));
