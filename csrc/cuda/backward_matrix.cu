@@ -164,8 +164,9 @@ __global__ void __launch_bounds__(32 * kMostWarps, 3) multiply_planes(const Matr
   const int corner = (lane & 15) * p.pitch + (lane >> 4) * 16;  // of ldmatrix: 16 rows, two vectors
   const int own = (lane & 15) * 128 + (lane >> 4 ^ (lane & 7)) * 16;
   const int mine = min(kPairs, p.pairs - warp * kPairs);
-  unsigned char* const high = shared + at.sums;
-  unsigned char* const low = high + 16 * p.pitch;
+  unsigned char* const sums = shared + at.sums;  // the large parts; the small ones 16 rows on
+  unsigned char* const own_sums = sums + g * p.pitch + warp * kPairs * 32 + q * 4;
+  const int eight = 8 * p.pitch, rest_on = 16 * p.pitch;
   const auto* const row_weights = reinterpret_cast<const uint4*>(shared + at.rows);
   const auto* const column_weights = reinterpret_cast<const uint4*>(shared + at.columns);
   T* const dst = static_cast<T*>(p.dst);
@@ -206,23 +207,24 @@ __global__ void __launch_bounds__(32 * kMostWarps, 3) multiply_planes(const Matr
           for (int h = 0; h < 2; ++h) {
             const float x = acc[2 * m + t][2 * h], y = acc[2 * m + t][2 * h + 1];
             const uint32_t bits = bf16_pair(x, y);
-            const int to = (g + 8 * h) * p.pitch + warp * kPairs * 32 + q * 4 + m * 32 + t * 16;
-            *reinterpret_cast<uint32_t*>(high + to) = bits;
-            *reinterpret_cast<uint32_t*>(low + to) = bf16_pair(x - bf16_low(bits), y - bf16_high(bits));
+            unsigned char* const to = own_sums + h * eight + m * 32 + t * 16;
+            *reinterpret_cast<uint32_t*>(to) = bits;
+            *reinterpret_cast<uint32_t*>(to + rest_on) = bf16_pair(x - bf16_low(bits), y - bf16_high(bits));
           }
       }
     __syncthreads();
     const T* const whole = static_cast<const T*>(p.src) + plane * plane_out;
 #pragma unroll 1
     for (int t = warp; t < p.tiles; t += warps) {
-      const int depth = starts[2 * t + 1], column = starts[2 * t] * 32 + corner;
+      const unsigned char* from = sums + starts[2 * t] * 32 + corner;
+      const uint4* weight = column_weights + t * p.depth * 32 + lane;
       float sum[4] = {0, 0, 0, 0}, rest[4] = {0, 0, 0, 0};
 #pragma unroll 1
-      for (int d = 0; d < depth; ++d) {
+      for (int d = starts[2 * t + 1]; d > 0; --d, from += 32, weight += 32) {
         uint32_t a[4], b[4];
-        load_matrices<false>(high + column + d * 32, a);
-        load_matrices<false>(low + column + d * 32, b);
-        const uint4 w = column_weights[(t * p.depth + d) * 32 + lane];
+        load_matrices<false>(from, a);
+        load_matrices<false>(from + rest_on, b);
+        const uint4 w = *weight;
         matrix_product<BFloat16>(sum, a, w.x, w.y);
         matrix_product<BFloat16>(rest, b, w.x, w.y);
         matrix_product<BFloat16>(rest, a, w.z, w.w);
