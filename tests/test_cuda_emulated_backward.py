@@ -176,6 +176,7 @@ CASES = [
     ("bicubic", BF16, True, (1, 21, 5, 9), (40, 72), NHWC),
     ("bicubic", F16, True, (1, 64, 3, 7), (12, 28), NHWC),
     ("bicubic", F32, True, (1, 40, 3, 7), (15, 35), NHWC),
+    ("bicubic", F32, True, (1, 2, 1, 34), (1, 1156), NHWC),
     ("bilinear", F32, True, (1, 200, 3, 5), (5, 7), WINDOW),
     ("bilinear", F32, True, (1, 201, 3, 5), (5, 7), NHWC),
     ("bicubic", BF16, True, (1, 261, 2, 3), (5, 7), NHWC),

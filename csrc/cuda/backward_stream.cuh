@@ -34,19 +34,18 @@ AEUP_DEV void fetch(uint4* slot, const T* x, int count, int align) {
 }
 
 // NHWC: taps lie a pixel apart in the buffer; else (NCHW) a window is `quads` aligned float4. NQ > 0: quads, weights
-// in registers. A thread makes up to NE elements of a grad-input row. aligned: every row is, to 16 bytes.
-template <class T, int K, bool NHWC, int NQ, int NE, bool aligned>
+// in registers. A thread makes up to NE elements of a grad-input row. aligned: every row is, to 16 bytes. kRing: rows
+// in flight.
+template <class T, int K, bool NHWC, int NQ, int NE, bool aligned, int kRing>
 __global__ void __launch_bounds__(stream_threads(NHWC, sizeof(T)), stream_blocks(K, NHWC, NQ == 0, sizeof(T), aligned))
     stream_rows(const StreamArgs p) {
   constexpr int V = 16 / int(sizeof(T)), VP = stream_vectors(K, NHWC, sizeof(T)), N = VP * V;
-  constexpr int kRing = stream_ring(VP), kDeep = stream_deep(K, NHWC, sizeof(T));
-  const int rows_ahead = kRing == kDeep ? kRing : p.ring;
   AEUP_DYNAMIC_SHARED(unsigned char, shared);
   const int thread = threadIdx.x, threads = blockDim.x;
   const bool by_warp = p.team == 32;
   const int bd = p.team, team = by_warp ? thread / 32 : 0, t = by_warp ? thread & 31 : thread;
-  const StreamShared at = stream_shared<K>(p, rows_ahead * VP);
-  uint4* ring = reinterpret_cast<uint4*>(shared) + team * rows_ahead * VP * bd + t;
+  const StreamShared at = stream_shared<K>(p, kRing * VP);
+  uint4* ring = reinterpret_cast<uint4*>(shared) + team * kRing * VP * bd + t;
   float* const buffers = reinterpret_cast<float*>(shared + at.buffer);
   float* const buffer = buffers + team * 2 * p.pb * p.pitch;
   float* table = reinterpret_cast<float*>(shared + at.table);
@@ -110,15 +109,13 @@ __global__ void __launch_bounds__(stream_threads(NHWC, sizeof(T)), stream_blocks
     from_row = x;
     more = pf < p.planes - plane0;
 #pragma unroll
-    for (int d = 0; d < kDeep; ++d)
-      if (d < rows_ahead) fetch_row(d, d);
+    for (int d = 0; d < kRing; ++d) fetch_row(d, d);
   };
 #pragma unroll
   for (int m = 0; m < VP; ++m)
     if (!aligned || count[m] < V || pf >= p.planes - plane0) {  // what is never fetched stays zero
 #pragma unroll
-      for (int d = 0; d < kDeep; ++d)
-        if (d < rows_ahead) ring[(d * VP + m) * bd] = make_uint4(0, 0, 0, 0);
+      for (int d = 0; d < kRing; ++d) ring[(d * VP + m) * bd] = make_uint4(0, 0, 0, 0);
     }
   fill_ring();  // on its way while the tables are made
 
@@ -240,10 +237,7 @@ __global__ void __launch_bounds__(stream_threads(NHWC, sizeof(T)), stream_blocks
     const auto one = [&](auto slot_of_row) __attribute__((always_inline)) {
       constexpr int k = decltype(slot_of_row)::value;
       while (next == r) {
-        if (rows_ahead == kRing)
-          copy_wait<kRing - 1>();
-        else
-          copy_wait<kDeep - 1>();
+        copy_wait<kRing - 1>();
         float f[N];
 #pragma unroll
         for (int m = 0; m < VP; ++m) {
@@ -253,9 +247,9 @@ __global__ void __launch_bounds__(stream_threads(NHWC, sizeof(T)), stream_blocks
           raw.unpack(f + m * V);
         }
         const Weights<K, float> wv = weights[o];
-        fetch_row(slot, o + rows_ahead);
+        fetch_row(slot, o + kRing);
         next = firsts[++o];
-        slot = slot == rows_ahead - 1 ? 0 : slot + 1;
+        slot = slot == kRing - 1 ? 0 : slot + 1;
 #pragma unroll
         for (int q = 0; q < K; ++q)
 #pragma unroll
@@ -324,10 +318,11 @@ __global__ void __launch_bounds__(stream_threads(NHWC, sizeof(T)), stream_blocks
 
 // --- host ---
 
-template <class T, int K, bool NHWC, int NQ, int NE, bool aligned>
+template <class T, int K, bool NHWC, int NQ, int NE, bool aligned,
+          int kRing = stream_ring(stream_vectors(K, NHWC, sizeof(T)))>
 const char* launch_stream(const Problem& p, const StreamPlan& plan, void* stream) {
   static std::atomic<uint64_t> known{0};
-  const auto kernel = stream_rows<T, K, NHWC, NQ, NE, aligned>;
+  const auto kernel = stream_rows<T, K, NHWC, NQ, NE, aligned, kRing>;
   constexpr int VP = stream_vectors(K, NHWC, sizeof(T));
   StreamArgs a = plan.a;
   const int threads = a.team * a.teams, want = plan.want;
@@ -335,7 +330,7 @@ const char* launch_stream(const Problem& p, const StreamPlan& plan, void* stream
   const auto shared = [&](int rows) {
     a.rows = rows;
     a.entries = strip_entries(a.v, K, rows);
-    return stream_shared<K>(a, a.ring * VP).end;
+    return stream_shared<K>(a, kRing * VP).end;
   };
   const int64_t slots = resident_blocks(kernel, known, threads, shared(smaller(want, a.v.in)));
   const int64_t groups = ceil_div(planes, a.teams * a.pb), blocks = groups * across * ceil_div(a.v.in, want);

@@ -19,7 +19,6 @@ struct StreamArgs {
   int repeat;                 // 1: all columns but two at each edge have the same weights
   int align;                  // bytes that are certain
   Divider by_strips, by_segs, by_slabs, by_loaders, by_seg;
-  int ring;  // rows in flight
 };
 struct StreamShared {  // byte offsets in shared memory
   size_t buffer, table, lows, strip, end;
@@ -40,8 +39,8 @@ AEUP_HD StreamShared stream_shared(const StreamArgs& p, int slots) {  // slots: 
 constexpr int stream_vectors(int K, bool nhwc, int element) { return nhwc && element == 4 && K == 4 ? 2 : 1; }  // VP
 constexpr int stream_ring(int vectors) { return vectors == 2 ? 4 : 6; }  // rows in flight
 // Where a multiprocessor has few threads and their rows overlap by half: more of them, if shared memory allows.
-constexpr int stream_deep(int K, bool nhwc, int element) {
-  return nhwc && K == 4 ? (element == 4 ? 6 : 10) : stream_ring(stream_vectors(K, nhwc, element));
+constexpr int stream_deep(int K, bool nhwc, int element, bool aligned) {
+  return nhwc && K == 4 && aligned ? (element == 4 ? 6 : 10) : stream_ring(stream_vectors(K, nhwc, element));
 }
 constexpr int quads_in_registers(int K) { return K == 1 ? 2 : K == 2 ? 3 : 4; }
 constexpr int made_by_thread(bool large, int element) { return large || element == 4 ? 2 : 3; }  // NE
@@ -104,6 +103,7 @@ inline bool shape_block(StreamArgs& a, const Problem& p, int K, int want, int mo
 struct StreamPlan {
   StreamArgs a;
   int want;    // rows of a strip
+  int ring;    // rows in flight
   bool wave;   // as many rounds as make the grid one wave of blocks
   bool exact;  // the strips stay as long as wanted
   bool large;  // NCHW: the weights do not fit the registers
@@ -158,8 +158,8 @@ inline StreamPlan plan_stream(const Problem& p) {
   }
   plan.want = bounded_rows(a.v, plan.want);
   a.entries = strip_entries(a.v, K, 2 * plan.want);
-  for (const int ring : {stream_deep(K, nhwc, es), stream_ring(VP)}) {
-    a.ring = ring;
+  for (const int ring : {stream_deep(K, nhwc, es, a.align == 16), stream_ring(VP)}) {
+    plan.ring = ring;
     const size_t bytes = K == 1   ? stream_shared<1>(a, ring * VP).end
                          : K == 2 ? stream_shared<2>(a, ring * VP).end
                                   : stream_shared<4>(a, ring * VP).end;
