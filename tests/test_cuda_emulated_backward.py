@@ -331,6 +331,23 @@ def test_more_planes_than_a_launch_takes(emulated, nhwc, c, kernel):  # noqa: F8
     torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-6)
 
 
+def test_past_2_31_elements_on_tensor_cores(emulated):  # noqa: F811
+    """Only the last corner of each plane is ever touched, so that they take little memory."""
+    torch.manual_seed(8)
+    size, out = (14_000, 12_001), (32_768, 32_768)
+    g, dst = torch.empty(3, 1, *out, dtype=BF16), torch.empty(3, 1, *size, dtype=BF16)
+    corner = g[:, :, -64:, -400:]
+    corner.copy_(torch.randn(corner.shape))
+    assert g.numel() > 2**31 and emulated.kernel(g, dst, "nearest", backward=True) == MATRIX
+    emulated.run_end(g, dst, "nearest", 1, backward=True)
+    matrices = []
+    for n, full, kept in ((size[0], out[0], 64), (size[1], out[1], 400)):
+        at = np.arange(full - kept, full, dtype=np.float32) * (np.float32(n) / np.float32(full))
+        matrices.append(F.one_hot(torch.from_numpy(np.floor(at).astype(int)) - n + 4 + kept, kept + 4).double()[:, -4:])
+    want = matrices[0].T @ corner.double() @ matrices[1]
+    assert (dst[:, :, -4:, -4:].double() - want).abs().max() <= ULP[BF16] * want.abs().max()
+
+
 REFUSED = [
     (dict(mode="bicubic"), F64, (4, 4), (8, 8), "float32, float16 and bfloat16"),
     (dict(mode="bicubic", antialias=True), F32, (4, 4), (8, 8), "antialias"),
