@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(32 * kMostWarps, 3) multiply_planes(const Matr
     __syncthreads();
     const T* const whole = static_cast<const T*>(p.src) + plane * plane_out;
 #pragma unroll 1
-    for (int t = warp; t < p.tiles; t += warps) {
+    for (int t = warps - 1 - warp; t < p.tiles; t += warps) {  // the last warp may have few columns
       const unsigned char* from = sums + starts[2 * t] * 32 + corner;
       const uint4* weight = column_weights + t * p.depth * 32 + lane;
       float sum[4] = {0, 0, 0, 0}, rest[4] = {0, 0, 0, 0};
