@@ -317,23 +317,19 @@ const char* launch_matrix(const Problem& p, void* stream) {
   const MatrixArgs& a = plan.a;
   const int threads = a.warps * 32;
   const size_t bytes = size_t(matrix_shared(a).end);
-  const auto run = [&](auto t, auto taps) -> const char* {
-    static std::atomic<uint64_t> known{0};
-    const auto kernel = multiply_planes<decltype(t), decltype(taps)::value>;
-    const int64_t across = int64_t(a.strips) * a.segs;
-    int64_t at_once = resident_blocks(kernel, known, threads, bytes) / across;
-    at_once = at_once < 1 ? 1 : at_once < a.planes ? at_once : a.planes;
-    if (across > kMaxGrid) return "the grid of the backward kernel is too large";
-    if (at_once > kMaxGrid / across) at_once = kMaxGrid / across;
-    AEUP_LAUNCH(kernel, at_once * across, threads, bytes, stream, a);
+  const int64_t across = int64_t(a.strips) * a.segs;
+  if (across > kMaxGrid) return "the grid of the backward kernel is too large";
+  return with_kernel(p, [&](auto t, auto taps) -> const char* {
+    using T = decltype(t);
+    if constexpr (sizeof(T) == 2) {
+      static std::atomic<uint64_t> known{0};
+      const auto kernel = multiply_planes<T, decltype(taps)::value>;
+      int64_t at_once = resident_blocks(kernel, known, threads, bytes) / across;  // planes
+      at_once = at_once < 1 ? 1 : at_once < a.planes ? at_once : a.planes;
+      AEUP_LAUNCH(kernel, at_once * across, threads, bytes, stream, a);
+    }
     return nullptr;
-  };
-  const auto taps = [&](auto t) -> const char* {
-    if (p.mode == Mode::bicubic) return run(t, std::integral_constant<int, 4>());
-    if (p.mode == Mode::bilinear) return run(t, std::integral_constant<int, 2>());
-    return run(t, std::integral_constant<int, 1>());
-  };
-  return p.dtype == DType::f16 ? taps(Half()) : taps(BFloat16());
+  });
 }
 
 }  // namespace aeup::back
