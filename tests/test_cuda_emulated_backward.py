@@ -161,7 +161,7 @@ CASES = [
     ("nearest-exact", F16, False, (1, 5, 21, 13), (47, 32), MATRIX),
     ("bilinear", BF16, False, (3, 2, 7, 9), (16, 24), MATRIX),
     ("bilinear", F16, False, (1, 2, 40, 65), (41, 72), MATRIX),
-    ("bicubic", BF16, False, (2, 3, 56, 18), (129, 48), MATRIX),
+    ("bicubic", BF16, False, (2, 3, 56, 9), (129, 24), MATRIX),
     ("bicubic", F16, False, (1, 3, 4, 9), (32, 72), MATRIX),
     ("bicubic", BF16, False, (1, 2, 9, 120), (11, 336), MATRIX),
     ("bicubic", F16, False, (1, 1, 1, 1), (3, 8), MATRIX),
@@ -284,7 +284,9 @@ def test_inf_and_nan_stay_where_torch_leaves_them(emulated, mode, dtype, nhwc, s
             assert dst.isfinite().logical_not().any() or finite.all()
 
 
-@pytest.mark.parametrize("mode,dtype,nhwc,shape,size,kernel", [c for c in CASES if c[-1] == MATRIX])
+@pytest.mark.parametrize(
+    "mode,dtype,nhwc,shape,size,kernel", [c for c in CASES if c[-1] == MATRIX and math.prod(c[4]) < 5000]
+)
 def test_inf_and_nan_beside_zeros_of_a_matrix(emulated, mode, dtype, nhwc, shape, size, kernel):  # noqa: F811
     """A product of matrices multiplies an Inf by weights that are zero: those results are computed again."""
     torch.manual_seed(7)
