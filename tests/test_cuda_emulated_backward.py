@@ -17,7 +17,7 @@ from emulate.emulator import emulated, tensor  # noqa: F401
 F32, F64, F16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat16
 ULP = {F32: 2.0**-23, F16: 2.0**-10, BF16: 2.0**-7}
 ROW, PAIR, WINDOW = "backward_row_x2", "backward_pair_x2", "backward_window"
-NCHW, NHWC = "backward_stream_nchw", "backward_stream_nhwc"
+NCHW, NHWC, MATRIX = "backward_stream_nchw", "backward_stream_nhwc", "backward_matrix"
 
 
 @pytest.fixture(autouse=True)
@@ -151,12 +151,21 @@ CASES = [
     ("bicubic", F32, False, (1, 2, 5, 12), (20, 48), NCHW),
     ("bicubic", F32, False, (1, 2, 6, 10), (48, 80), NCHW),
     ("bicubic", BF16, False, (2, 5, 61, 12), (140, 33), NCHW),
-    ("bicubic", F16, False, (1, 3, 4, 9), (32, 72), NCHW),
+    ("bicubic", F16, False, (1, 3, 2, 9), (36, 176), NCHW),
     ("bicubic", BF16, False, (1, 1, 3, 3), (17, 41), NCHW),
     ("bicubic", F32, False, (1, 1, 1, 1), (3, 4), NCHW),
     ("bicubic", F32, False, (1, 1, 3, 450), (6, 1210), NCHW),
     ("bilinear", BF16, False, (1, 1, 2, 1100), (4, 1101), NCHW),
     ("bicubic", F32, False, (1, 1, 2, 300), (2, 1200), NCHW),
+    ("nearest", BF16, False, (1, 5, 21, 12), (47, 32), MATRIX),
+    ("nearest-exact", F16, False, (1, 5, 21, 13), (47, 32), MATRIX),
+    ("bilinear", BF16, False, (3, 2, 7, 9), (16, 24), MATRIX),
+    ("bilinear", F16, False, (1, 2, 40, 65), (41, 72), MATRIX),
+    ("bicubic", BF16, False, (2, 3, 56, 9), (129, 24), MATRIX),
+    ("bicubic", F16, False, (1, 3, 4, 9), (32, 72), MATRIX),
+    ("bicubic", BF16, False, (1, 2, 9, 120), (11, 336), MATRIX),
+    ("bicubic", F16, False, (1, 1, 1, 1), (3, 8), MATRIX),
+    ("bicubic", BF16, False, (1, 1, 17, 40), (136, 320), MATRIX),
     ("nearest", F32, True, (2, 5, 7, 9), (16, 25), NHWC),
     ("nearest", BF16, True, (1, 21, 4, 8), (32, 64), NHWC),
     ("bilinear", F32, True, (1, 21, 4, 8), (32, 64), NHWC),
@@ -167,6 +176,7 @@ CASES = [
     ("bicubic", BF16, True, (1, 21, 5, 9), (40, 72), NHWC),
     ("bicubic", F16, True, (1, 64, 3, 7), (12, 28), NHWC),
     ("bicubic", F32, True, (1, 40, 3, 7), (15, 35), NHWC),
+    ("bicubic", F32, True, (1, 2, 1, 34), (1, 1156), NHWC),
     ("bilinear", F32, True, (1, 200, 3, 5), (5, 7), WINDOW),
     ("bilinear", F32, True, (1, 201, 3, 5), (5, 7), NHWC),
     ("bicubic", BF16, True, (1, 261, 2, 3), (5, 7), NHWC),
@@ -191,7 +201,7 @@ def test_align_corners(emulated, mode, dtype, nhwc, shape, size, kernel):  # noq
     torch.manual_seed(1)
     g = tensor((*shape[:2], *size), dtype, nhwc)
     served = check(emulated, g, shape[2:], mode, align_corners=True)[1]
-    assert served in (WINDOW, NCHW, NHWC)
+    assert served in (WINDOW, NCHW, NHWC, MATRIX)
 
 
 # src and dst this many elements past a 16-byte address, and the kernel that is left
@@ -252,7 +262,7 @@ def test_random_problems(emulated):  # noqa: F811
         except Exception as e:
             raise AssertionError(f"{mode} {g.dtype} {nhwc=} {shape} {size} {scale=} {align=}") from e
         served.add(kernel)
-    assert served >= {ROW, PAIR, WINDOW, NCHW, NHWC}
+    assert served >= {ROW, PAIR, WINDOW, NCHW, NHWC, MATRIX}
 
 
 @pytest.mark.parametrize("mode,dtype,nhwc,shape,size,kernel", [c for c in CASES if c[1] == F32])
@@ -272,6 +282,25 @@ def test_inf_and_nan_stay_where_torch_leaves_them(emulated, mode, dtype, nhwc, s
             finite = theirs.isfinite()
             assert torch.equal(dst[finite], clean[finite])
             assert dst.isfinite().logical_not().any() or finite.all()
+
+
+@pytest.mark.parametrize(
+    "mode,dtype,nhwc,shape,size,kernel", [c for c in CASES if c[-1] == MATRIX and math.prod(c[4]) < 5000]
+)
+def test_inf_and_nan_beside_zeros_of_a_matrix(emulated, mode, dtype, nhwc, shape, size, kernel):  # noqa: F811
+    """A product of matrices multiplies an Inf by weights that are zero: those results are computed again."""
+    torch.manual_seed(7)
+    g = tensor((*shape[:2], *size), dtype)
+    want = reference(g, shape[2:], mode)
+    bound = ULP[dtype] * max(want.abs().max().item(), g.abs().max().item())
+    for value in (math.inf, math.nan):
+        for row, column in ((0, 0), (size[0] // 2, size[1] // 2), (size[0] - 1, size[1] - 1), (size[0] // 3, 1)):
+            bad, one = g.clone(), torch.zeros_like(g, dtype=F32)
+            bad[0, 0, row, column], one[0, 0, row, column] = value, 1
+            reached = (reference if "nearest" in mode else autograd)(one, shape[2:], mode) != 0
+            dst = emulated.run(bad, tensor(shape, dtype, fill=math.nan), mode, backward=True)
+            assert torch.equal(dst.isfinite(), ~reached)
+            assert ((dst.double() - want).abs()[~reached] <= bound).all()
 
 
 @pytest.mark.parametrize("mode,dtype,nhwc,shape,size,kernel", [c for c in CASES if c[1] == F32][::2])
@@ -302,6 +331,23 @@ def test_more_planes_than_a_launch_takes(emulated, nhwc, c, kernel):  # noqa: F8
     finally:
         emulated.lib.aeup_backward_limit(0)
     torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-6)
+
+
+def test_past_2_31_elements_on_tensor_cores(emulated):  # noqa: F811
+    """Only the last corner of each plane is ever touched, so that they take little memory."""
+    torch.manual_seed(8)
+    size, out = (14_000, 12_001), (32_768, 32_768)
+    g, dst = torch.empty(3, 1, *out, dtype=BF16), torch.empty(3, 1, *size, dtype=BF16)
+    corner = g[:, :, -64:, -400:]
+    corner.copy_(torch.randn(corner.shape))
+    assert g.numel() > 2**31 and emulated.kernel(g, dst, "nearest", backward=True) == MATRIX
+    emulated.run_end(g, dst, "nearest", 1, backward=True)
+    matrices = []
+    for n, full, kept in ((size[0], out[0], 64), (size[1], out[1], 400)):
+        at = np.arange(full - kept, full, dtype=np.float32) * (np.float32(n) / np.float32(full))
+        matrices.append(F.one_hot(torch.from_numpy(np.floor(at).astype(int)) - n + 4 + kept, kept + 4).double()[:, -4:])
+    want = matrices[0].T @ corner.double() @ matrices[1]
+    assert (dst[:, :, -4:, -4:].double() - want).abs().max() <= ULP[BF16] * want.abs().max()
 
 
 REFUSED = [

@@ -38,6 +38,7 @@ const char* refuses_stream_nhwc(const Problem& p) {
 // In the order of preference.
 const Family kFamilies[] = {{"backward_row_x2", refuses_row_x2, launch_row_x2},
                             {"backward_pair_x2", refuses_pair_x2, launch_pair_x2},
+                            {"backward_matrix", refuses_matrix, launch_matrix},
                             {"backward_window", refuses_window, launch_window},
                             {"backward_stream_nchw", refuses_stream_nchw, launch_stream_nchw},
                             {"backward_stream_nhwc", refuses_stream_nhwc, launch_stream_nhwc}};

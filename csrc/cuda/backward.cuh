@@ -151,6 +151,8 @@ const char* refuses_row_x2(const Problem& p);  // NCHW, and NHWC with 1 or 3 cha
 const char* launch_row_x2(const Problem& p, void* stream);
 const char* refuses_pair_x2(const Problem& p);  // NHWC
 const char* launch_pair_x2(const Problem& p, void* stream);
+const char* refuses_matrix(const Problem& p);  // NCHW, 16 bits, scales up to 16
+const char* launch_matrix(const Problem& p, void* stream);
 const char* refuses_window(const Problem& p);  // NHWC, scales up to 3
 const char* launch_window(const Problem& p, void* stream);
 const char* refuses_stream(const Problem& p);  // both layouts, any scale

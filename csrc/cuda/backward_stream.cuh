@@ -34,11 +34,12 @@ AEUP_DEV void fetch(uint4* slot, const T* x, int count, int align) {
 }
 
 // NHWC: taps lie a pixel apart in the buffer; else (NCHW) a window is `quads` aligned float4. NQ > 0: quads, weights
-// in registers. A thread makes up to NE elements of a grad-input row. aligned: every row is, to 16 bytes.
-template <class T, int K, bool NHWC, int NQ, int NE, bool aligned>
+// in registers. A thread makes up to NE elements of a grad-input row. aligned: every row is, to 16 bytes. kRing: rows
+// in flight.
+template <class T, int K, bool NHWC, int NQ, int NE, bool aligned, int kRing>
 __global__ void __launch_bounds__(stream_threads(NHWC, sizeof(T)), stream_blocks(K, NHWC, NQ == 0, sizeof(T), aligned))
     stream_rows(const StreamArgs p) {
-  constexpr int V = 16 / int(sizeof(T)), VP = stream_vectors(K, NHWC, sizeof(T)), kRing = stream_ring(VP), N = VP * V;
+  constexpr int V = 16 / int(sizeof(T)), VP = stream_vectors(K, NHWC, sizeof(T)), N = VP * V;
   AEUP_DYNAMIC_SHARED(unsigned char, shared);
   const int thread = threadIdx.x, threads = blockDim.x;
   const bool by_warp = p.team == 32;
@@ -317,18 +318,19 @@ __global__ void __launch_bounds__(stream_threads(NHWC, sizeof(T)), stream_blocks
 
 // --- host ---
 
-template <class T, int K, bool NHWC, int NQ, int NE, bool aligned>
+template <class T, int K, bool NHWC, int NQ, int NE, bool aligned,
+          int kRing = stream_ring(stream_vectors(K, NHWC, sizeof(T)))>
 const char* launch_stream(const Problem& p, const StreamPlan& plan, void* stream) {
   static Residents known;
-  const auto kernel = stream_rows<T, K, NHWC, NQ, NE, aligned>;
-  constexpr int VP = stream_vectors(K, NHWC, sizeof(T)), ring = VP * stream_ring(VP);
+  const auto kernel = stream_rows<T, K, NHWC, NQ, NE, aligned, kRing>;
+  constexpr int VP = stream_vectors(K, NHWC, sizeof(T));
   StreamArgs a = plan.a;
   const int threads = a.team * a.teams, want = plan.want;
   const int64_t planes = planes_of(p), across = int64_t(a.segs) * a.slabs;
   const auto shared = [&](int rows) {
     a.rows = rows;
     a.entries = strip_entries(a.v, K, rows);
-    return stream_shared<K>(a, ring).end;
+    return stream_shared<K>(a, kRing * VP).end;
   };
   const int64_t slots = resident_blocks(kernel, known, threads, shared(smaller(want, a.v.in)));
   const int64_t groups = ceil_div(planes, a.teams * a.pb), blocks = groups * across * ceil_div(a.v.in, want);

@@ -38,6 +38,10 @@ AEUP_HD StreamShared stream_shared(const StreamArgs& p, int slots) {  // slots: 
 // What is best on an H100 (K taps, NHWC or not, element size in bytes). large: weights in shared memory.
 constexpr int stream_vectors(int K, bool nhwc, int element) { return nhwc && element == 4 && K == 4 ? 2 : 1; }  // VP
 constexpr int stream_ring(int vectors) { return vectors == 2 ? 4 : 6; }  // rows in flight
+// Where a multiprocessor has few threads and their rows overlap by half: more of them, if shared memory allows.
+constexpr int stream_deep(int K, bool nhwc, int element, bool aligned) {
+  return nhwc && K == 4 && aligned ? (element == 4 ? 6 : 10) : stream_ring(stream_vectors(K, nhwc, element));
+}
 constexpr int quads_in_registers(int K) { return K == 1 ? 2 : K == 2 ? 3 : 4; }
 constexpr int made_by_thread(bool large, int element) { return large || element == 4 ? 2 : 3; }  // NE
 // Most threads of a block, and the least blocks of them on a multiprocessor that leave room for the registers.
@@ -99,6 +103,7 @@ inline bool shape_block(StreamArgs& a, const Problem& p, int K, int want, int mo
 struct StreamPlan {
   StreamArgs a;
   int want;    // rows of a strip
+  int ring;    // rows in flight
   bool wave;   // as many rounds as make the grid one wave of blocks
   bool exact;  // the strips stay as long as wanted
   bool large;  // NCHW: the weights do not fit the registers
@@ -125,7 +130,7 @@ inline StreamPlan plan_stream(const Problem& p) {
   a.in_row = int(p.iw * a.c), a.out_row = int(p.ow * a.c);
   a.slabs = 1;
   a.repeat = a.u.integer && a.u.integer % 4 == 0 && a.u.in > 5;
-  const int VP = stream_vectors(K, nhwc, es), slots = VP * stream_ring(VP);
+  const int VP = stream_vectors(K, nhwc, es);
   bool fits;
   if (nhwc) {
     a.quads = int(ceil_div(most_outputs(a.u, K), 4));
@@ -153,10 +158,14 @@ inline StreamPlan plan_stream(const Problem& p) {
   }
   plan.want = bounded_rows(a.v, plan.want);
   a.entries = strip_entries(a.v, K, 2 * plan.want);
-  const size_t bytes = K == 1   ? stream_shared<1>(a, slots).end
-                       : K == 2 ? stream_shared<2>(a, slots).end
-                                : stream_shared<4>(a, slots).end;
-  if (bytes > (96 << 10)) plan.refused = "a row segment needs more than 96 KiB of shared memory";
+  for (const int ring : {stream_deep(K, nhwc, es, a.align == 16), stream_ring(VP)}) {
+    plan.ring = ring;
+    const size_t bytes = K == 1   ? stream_shared<1>(a, ring * VP).end
+                         : K == 2 ? stream_shared<2>(a, ring * VP).end
+                                  : stream_shared<4>(a, ring * VP).end;
+    plan.refused = bytes > (96 << 10) ? "a row segment needs more than 96 KiB of shared memory" : nullptr;
+    if (!plan.refused) break;
+  }
   return plan;
 }
 

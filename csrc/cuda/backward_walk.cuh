@@ -38,6 +38,15 @@ __global__ void __launch_bounds__(kWalkBlock, MB) walk_rows(const WalkArgs p) {
     return mine;
   };
   if constexpr (S::sparse) {
+    if constexpr (P > 0) {  // the first rows are on their way to L2 while the tables are made
+      const unsigned plane = id / unsigned(p.groups);
+      const int row = strip.up ? p.v.out - 1 - strip.o0 : strip.o0, step = strip.up ? -1 : 1;
+      const T* x = static_cast<const T*>(p.src) + (int64_t(plane) * p.v.out + row) * p.out_row +
+                   S::first_read(p, int(id - plane * unsigned(p.groups)));
+#pragma unroll 1
+      for (int i = 0; i < D + P; ++i)
+        if (mine && i < n) S::ahead(x + int64_t(i * step) * p.out_row, p.c);
+    }
     S::fill_table(p, first, table);
     if (!vertical_table()) return;
   }
@@ -61,7 +70,7 @@ __global__ void __launch_bounds__(kWalkBlock, MB) walk_rows(const WalkArgs p) {
   if (D == 2) raw1.clear();
   if (mine && n > 0) s.load(x, raw0);
   if (D == 2 && mine && n > 1) s.load(x + step_in, raw1);
-  if constexpr (P > 0) {
+  if constexpr (P > 0 && !S::sparse) {
 #pragma unroll
     for (int i = D; i < D + P; ++i)
       if (mine && i < n) s.ahead(x + i * step_in);

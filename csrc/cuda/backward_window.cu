@@ -22,13 +22,27 @@ struct Window {
   int c, start, entry;
   bool single;
 
+  AEUP_DEV static int window_start(const WalkArgs& p, int j) { return min(first_output_of<K>(p.u, j), p.u.out - L); }
+  AEUP_DEV static int64_t first_read(const WalkArgs& p, int g) {
+    const int j = g / p.chunks;
+    return int64_t(window_start(p, j * NC)) * p.c + (g - j * p.chunks) * V;
+  }
+  // To L2: of the window, the pixels before the next group's. Each thread of a sector asks for other pixels.
+  AEUP_DEV static void ahead(const T* x, int c) {
+    constexpr int share = 32 / (V * int(sizeof(T))), own = (NC * L + K + NC - 2) / (K + NC - 1);
+    const int mine = int(threadIdx.x) % share;
+#pragma unroll
+    for (int i = 0; i < own; i += share)
+      if (i + mine < own) prefetch_l2(x + int64_t(i + mine) * c);
+  }
+  AEUP_DEV void ahead(const T* x) const { ahead(x, c); }
   // One entry for each group of NC columns that the block's threads touch.
   AEUP_DEV static void fill_table(const WalkArgs& p, unsigned first, float* table) {
     const int wide = (p.u.in + NC - 1) / NC, head = int(first / unsigned(p.chunks));
     const int entries = int((first + kWalkBlock - 1) / unsigned(p.chunks)) - head + 1;
     for (int i = threadIdx.x; i < entries * L; i += kWalkBlock) {
       const int e = i / L, t = i - e * L, j = int(unsigned(head + e) % unsigned(wide)) * NC;
-      const int from = min(first_output_of<K>(p.u, j), p.u.out - L);
+      const int from = window_start(p, j);
 #pragma unroll
       for (int k = 0; k < NC; ++k)
         table[e * kEntry + k * L + t] = j + k < p.u.in ? weight_of<K>(p.u.axis, from + t, j + k) : 0.f;
@@ -142,12 +156,13 @@ const char* tuned(const Problem& p, void* stream) {
   constexpr bool narrow = sizeof(T) == 2, shared = K == 4;
   constexpr int MB = K == 4 ? (narrow ? 5 : 4) : K == 2 && V == 8 ? 4 : 1;
   constexpr int want = K == 1 ? 2 : narrow ? (K == 4 ? 14 : 8) : K == 2 ? 19 : 28;  // as in the fastest on an H100
+  constexpr int P = shared && narrow && size < 3 ? 2 : 0;  // at 3 they would cost registers that spill
   using S = Window<T, K, V, NC, L, shared>;
   WalkArgs a = walk_args(p);
   a.chunks = int(p.c / V);
   a.groups = int(ceil_div(p.iw, NC)) * a.chunks;
   const size_t entries = (kWalkBlock - 1) / size_t(a.chunks) + 2;
-  return launch_walk<S, 1, MB>(p, a, want, entries * S::kEntry * sizeof(float), stream);
+  return launch_walk<S, 1, MB, P>(p, a, want, entries * S::kEntry * sizeof(float), stream);
 }
 
 }  // namespace

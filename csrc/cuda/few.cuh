@@ -1,37 +1,13 @@
 // What the kernels for few output channels share: products on tensor cores, and the window of taps.
 #pragma once
 #include "conv_common.cuh"
+#include "matrix.cuh"
 
 namespace aeup {
 
 // --- products of 16-byte pieces ---
 // Operands come in words: two adjacent elements of bf16 or half, or one float, which is multiplied in tf32; kSplit: as
 // the sum of two tf32 numbers, which leaves an error of the size of float32's own.
-template <class T>
-AEUP_DEV void matrix_product(float* c, const uint32_t* a, uint32_t b0, uint32_t b1) {
-#ifdef AEUP_EMULATE
-  emu::matrix_product(std::is_same_v<T, BFloat16> ? emu::Operand::bf16
-                      : std::is_same_v<T, Half>   ? emu::Operand::half
-                                                  : emu::Operand::tf32,
-                      c, a, b0, b1);
-#else
-  if constexpr (std::is_same_v<T, BFloat16>)
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  else if constexpr (std::is_same_v<T, Half>)
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  else
-    asm volatile(
-        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-#endif
-}
 // The word as an operand, and with kSplit what is left of it as another.
 template <class T, bool kSplit>
 AEUP_DEV void make_operand(uint32_t word, uint32_t* high, uint32_t* low) {
@@ -92,21 +68,6 @@ AEUP_DEV uint32_t shared_bits(const T* p) {
 }
 
 // --- pieces of 16 bytes of a line ---
-// By cp.async: B = 4 or 16 bytes, or zeros.
-template <int B>
-AEUP_DEV void copy_or_zero(void* shared, const void* global, bool inside) {
-#ifdef AEUP_EMULATE
-  if (inside) return copy_async<B>(shared, global);
-  for (int i = 0; i < B / 4; ++i) static_cast<uint32_t*>(shared)[i] = 0;
-#else
-  const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-  const int bytes = inside ? B : 0;
-  if constexpr (B == 16)
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
-  else
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(global), "n"(B), "r"(bytes) : "memory");
-#endif
-}
 // 16 bytes of a line that has `inside` elements left (zeros past them), where lines are aligned to 2, 4 or 8 bytes.
 template <class T>
 AEUP_DEV void load_narrow(const T* global, int inside, int alignment, uint32_t* words) {

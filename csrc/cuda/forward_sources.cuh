@@ -48,15 +48,24 @@ template <int K, class S>
 AEUP_DEV int folded_taps(const Axis<S>& axis, int o, S* w) {
   const int s = int(taps<K>(axis, o, w)), last = int(axis.in) - 1, first = min(max(s, 0), last - K + 1);
   if (s != first) {
-    S u[K];
+    if constexpr (K == 4) {  // one tap beyond the edge, or two: nearly every warp has such a column
+      const S a = w[0], b = w[1], c = w[2], d = w[3];
+      const bool left = s < first, two = s < first - 1 || s > first + 1;
+      w[0] = left ? (two ? a + b + c : a + b) : S(0);
+      w[1] = left ? (two ? d : c) : (two ? S(0) : a);
+      w[2] = left ? (two ? S(0) : d) : (two ? a : b);
+      w[3] = left ? S(0) : (two ? b + c + d : c + d);
+    } else {
+      S u[K];
 #pragma unroll
-    for (int m = 0; m < K; ++m) {
-      u[m] = S(0);
+      for (int m = 0; m < K; ++m) {
+        u[m] = S(0);
 #pragma unroll
-      for (int k = 0; k < K; ++k) u[m] += min(max(s + k, 0), last) == first + m ? w[k] : S(0);
+        for (int k = 0; k < K; ++k) u[m] += min(max(s + k, 0), last) == first + m ? w[k] : S(0);
+      }
+#pragma unroll
+      for (int m = 0; m < K; ++m) w[m] = u[m];
     }
-#pragma unroll
-    for (int m = 0; m < K; ++m) w[m] = u[m];
   }
   return first;
 }

@@ -61,27 +61,6 @@ AEUP_DEV void copy_piece(void* shared, const void* global) {
     shared_store<B>(shared, w);
   }
 }
-// Four matrices of 8 rows of 16 bytes; lane l gives the address of row l % 8 of matrix l / 8 and gets word l % 4 of row
-// l / 4 of each; transposed (16-bit elements): the elements 2 (l % 4) and the next of column l / 4.
-template <bool kTransposed>
-AEUP_DEV void load_matrices(const void* row, uint32_t (&w)[4]) {
-#ifdef AEUP_EMULATE
-  emu::load_matrices(row, kTransposed, w);
-#else
-  const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(row));
-  if constexpr (kTransposed)
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
-                 : "r"(at)
-                 : "memory");
-  else
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
-                 : "r"(at)
-                 : "memory");
-#endif
-}
-
 // --- the map from a source to the tile ---
 struct AxisTap {
   int start;  // first tap, INT_MIN outside of the resampled image
