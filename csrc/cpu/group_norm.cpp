@@ -3,8 +3,8 @@
 // csrc/cpu/dispatch.cpp chooses at run time.
 //
 // In NCHW all channels of all samples are walked as those of one image, and the statistics as if a group were one
-// channel: it lies in one stretch. Some groups (channels-last: samples) at a time take both passes, so that the second
-// finds them in a cache.
+// channel: it lies in one stretch. A large tensor of many groups (channels-last: samples) is cut into parts of some,
+// each of which takes both passes while it is in a cache.
 #include "cpu/group_norm.h"
 
 #include "cpu/norm_passes.h"
@@ -13,8 +13,8 @@ namespace aeup {
 namespace AEUP_ISA {
 namespace {
 
-constexpr int64_t kPart = 1 << 18;    // elements of a part, about
-constexpr int64_t kMostPeriods = 16;  // pixels of a period in channels-last: more than in small samples
+constexpr int64_t kPart = 1 << 16, kParts = 32;  // elements, about; parts of a tensor, at least, if not one
+constexpr int64_t kLeast = 16;  // pixels that a sample counts for in channels-last, as its table of coefficients is
 
 // Some groups of the tensors, as channels of `samples` images [c, pixels].
 struct Part {
@@ -22,29 +22,38 @@ struct Part {
   int64_t samples, shift, first, groups;  // shift: elements before it; first: of the groups
   int64_t units, width;                   // of a group: channels in `statistics`, and in `channels`
 };
+// Calls f(part, how to run its pieces).
 template <class F>
-void in_parts(const GroupNorm& g, F f) {
+void over_parts(const GroupNorm& g, ParallelFor parallel, F f) {
   const int64_t width = g.c / g.groups;
   const bool last = g.channels_last && g.c > 1 && g.pixels > 1;
   const int64_t stretches = last ? g.n : g.n * g.groups, length = g.n * g.c * g.pixels / stretches;
-  const int64_t most = std::max<int64_t>(kPart / (last ? std::max(length, kMostPeriods * g.c) : length), 1);
-  for (int64_t i = 0; i < stretches; i += most) {
-    const int64_t count = std::min(most, stretches - i), groups = last ? g.groups : 1;
-    Part p{g, g, last ? count : 1, i * length, i * groups, count * groups, last ? width : 1, width};
+  const int64_t work = last ? g.c * std::max(g.pixels, kLeast) : length;
+  const bool cut = stretches >= kParts && stretches * work >= kParts * kPart;
+  const int64_t most = cut ? std::max<int64_t>(kPart / work, 1) : stretches;
+  const auto run = [&](int64_t i, ParallelFor how) {
+    const int64_t from = i * most, count = std::min(most, stretches - from), groups = last ? g.groups : 1;
+    Part p{g, g, last ? count : 1, from * length, from * groups, count * groups, last ? width : 1, width};
     p.channels.n = 1, p.channels.channels_last = last;
     if (!last) p.channels.c = count * width;
     p.statistics = p.channels;
     if (!last) p.statistics.c = count, p.statistics.pixels = length;
-    f(p);
-  }
+    f(p, how);
+  };
+  if (!cut) return run(0, parallel);
+  const auto body = [](int64_t begin, int64_t end, void* context) {
+    const ParallelFor serial = [](int64_t n, void (*body)(int64_t, int64_t, void*), void* of) { body(0, n, of); };
+    for (int64_t i = begin; i < end; ++i) (*static_cast<decltype(run)*>(context))(i, serial);
+  };
+  parallel((stretches + most - 1) / most, body, const_cast<void*>(static_cast<const void*>(&run)));
 }
 
 template <class T, class F>
-void forward(const GroupNorm& g, ParallelFor parallel, F activation) {
+void forward(const GroupNorm& g, ParallelFor all, F activation) {
   using S = typename Arith<T>::type;
   using V = Vec<S>;
   const Channels<S> channels{g};
-  in_parts(g, [&](const Part& p) {
+  over_parts(g, all, [&](const Part& p, ParallelFor parallel) {
     const T* const from[1] = {static_cast<const T*>(g.input) + p.shift};
     std::vector<double> mean, square;
     statistics<T>(from[0], walk_of<S>(p.statistics, p.samples), parallel, mean, square);
@@ -74,12 +83,12 @@ void forward(const GroupNorm& g, ParallelFor parallel, F activation) {
 // With z = weight * x^ + bias and g the gradient before the activation: the sums over a group that the gradient of its
 // input needs are those of weight * g and weight * g * x^ (Wu & He, 2018, "Group Normalization").
 template <class T, class F>
-void backward(const GroupNorm& g, ParallelFor parallel, F activation) {
+void backward(const GroupNorm& g, ParallelFor all, F activation) {
   using S = typename Arith<T>::type;
   const Channels<S> channels{g};
   const S *mean = static_cast<const S*>(g.mean), *invstd = static_cast<const S*>(g.invstd);
-  std::vector<double> of_weight(g.c), of_bias(g.c);
-  in_parts(g, [&](const Part& p) {
+  std::vector<double> of_weight(g.n * g.c), of_bias(g.n * g.c);  // and sample
+  over_parts(g, all, [&](const Part& p, ParallelFor parallel) {
     const T* const from[2] = {static_cast<const T*>(g.input) + p.shift, static_cast<const T*>(g.grad) + p.shift};
     T* const to = g.input_grad ? static_cast<T*>(g.input_grad) + p.shift : nullptr;
     T* const kept = F::smooth ? to : nullptr;  // as in batch_norm.cpp
@@ -99,10 +108,9 @@ void backward(const GroupNorm& g, ParallelFor parallel, F activation) {
       const double r = invstd[p.first + i], n = double(p.width * g.pixels);
       double of_grads = 0, of_products = 0;
       for (int64_t q = i * p.width; q < (i + 1) * p.width; ++q) {
-        const int64_t c = channel(q);
-        const double weight = channels.get(g.weight, c, S(1));
+        const double weight = channels.get(g.weight, channel(q), S(1));
         of_grads += weight * grads[q], of_products += weight * products[q];
-        of_bias[c] += grads[q], of_weight[c] += products[q] * r;
+        of_bias[p.first * p.width + q] = grads[q], of_weight[p.first * p.width + q] = products[q] * r;
       }
       for (int64_t q = i * p.width; q < (i + 1) * p.width; ++q)
         k.of_channel[3][q] = S(r * of_grads / n), k.of_channel[4][q] = S(r * r * r * of_products / n);
@@ -112,6 +120,7 @@ void backward(const GroupNorm& g, ParallelFor parallel, F activation) {
     input_gradient(w, parallel, from, to, k, activation, true, kept != nullptr);
   });
   for (int64_t c = 0; c < g.c; ++c) {
+    for (int64_t q = c + g.c; q < g.n * g.c; q += g.c) of_weight[c] += of_weight[q], of_bias[c] += of_bias[q];
     if (g.weight_grad) channels.set(g.weight_grad, c, S(of_weight[c]));
     if (g.bias_grad) channels.set(g.bias_grad, c, S(of_bias[c]));
   }

@@ -245,7 +245,11 @@ void statistics(const T* input, const Walk& w, ParallelFor parallel, std::vector
     few.runs = std::min(p.runs, p.run < kTree * period ? kTree : 1), few.run = std::min(p.run, kTree * period);
     const auto value = [](int64_t, const V(&x)[1], int64_t, int64_t) { return Two{x[0], x[0]}; };
     add_piece<1>(w, few, from, sums.data(), value, [](int64_t, int) { return V{}; });
-    w.for_lanes(few, [&](int64_t l, int64_t, double n) { center[l] = S(sums[l] / n); });
+    const auto add_up = [&](const double* of) { return std::accumulate(of, of + period, 0.0); };
+    if (w.channels == 1)
+      std::fill(center.begin(), center.end(), S(add_up(sums.data()) / double(few.runs * few.run)));
+    else
+      w.for_lanes(few, [&](int64_t l, int64_t, double n) { center[l] = S(sums[l] / n); });
     std::fill(sums.begin(), sums.end(), 0.0);
     const auto distance = [&](int64_t l, const V(&x)[1], int64_t, int64_t) {
       const V d = x[0] - load(center.data() + l);
@@ -254,6 +258,11 @@ void statistics(const T* input, const Walk& w, ParallelFor parallel, std::vector
     add_piece<1>(w, p, from, sums.data(), distance, [&](int64_t l, int) { return load(center.data() + l); });
     double *means = partials.row(p.row, 0) + p.channel, *squares = partials.row(p.row, 1) + p.channel;
     double* const of_squares = sums.data() + period;
+    if (w.channels == 1) {  // one value in the middle for all lanes
+      const double n = double(p.runs * p.run), d = add_up(sums.data()) / n;
+      means[0] = center[0] + d, squares[0] = std::max(add_up(of_squares) - n * d * d, 0.0);  // NaN stays
+      return;
+    }
     w.for_lanes(p, [&](int64_t l, int64_t j, double n) {
       of_squares[l] = std::max(of_squares[l] - sums[l] * sums[l] / n, 0.0);  // NaN stays
       sums[l] = center[l] + sums[l] / n;
