@@ -2,6 +2,9 @@
 // are kernels without autograd; aeup/ops/group_norm.py builds the public operators on them.
 #include "cpu/group_norm.h"
 #include "ops_norm.h"
+#ifdef AEUP_WITH_CUDA
+#include "cuda/group_norm.h"
+#endif
 
 namespace {
 
@@ -39,6 +42,11 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& given, const Optional& 
          invstd = aeup::empty_values(given, g.n * groups, arithmetic(g.dtype));
   g.output = output.mutable_data_ptr(), g.mean = mean.mutable_data_ptr(), g.invstd = invstd.mutable_data_ptr();
   if (given.is_cpu()) aeup::group_norm_cpu(g, aeup::torch_parallel);
+#ifdef AEUP_WITH_CUDA
+  else
+    aeup::run_norm(kName, given, aeup::group_norm_workspace(g),
+                   [&](void* workspace, void* stream) { return aeup::launch_group_norm(g, workspace, stream); });
+#endif
   return {output, mean, invstd};
 }
 
@@ -57,6 +65,12 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& given_grad, const Tens
   const int32_t dtype = set_affine(&g, given, weight, bias);
   const aeup::NormGradients made(&g, input, dtype, want_input, want_weight, want_bias);
   if (given.is_cpu()) aeup::group_norm_backward_cpu(g, aeup::torch_parallel);
+#ifdef AEUP_WITH_CUDA
+  else
+    aeup::run_norm(kName, given, aeup::group_norm_workspace(g), [&](void* workspace, void* stream) {
+      return aeup::launch_group_norm_backward(g, workspace, stream);
+    });
+#endif
   return {made.input, made.weight, made.bias};
 }
 
@@ -74,5 +88,11 @@ STABLE_TORCH_LIBRARY_IMPL(aeup_native, CPU, m) {
   m.impl("group_norm", TORCH_BOX(&forward));
   m.impl("group_norm_backward", TORCH_BOX(&backward));
 }
+#ifdef AEUP_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(aeup_native, CUDA, m) {
+  m.impl("group_norm", TORCH_BOX(&forward));
+  m.impl("group_norm_backward", TORCH_BOX(&backward));
+}
+#endif
 
 }  // namespace
