@@ -64,9 +64,12 @@ struct Walk {
   template <class F>
   void for_lanes(const Piece& p, F f) const {
     const int64_t whole = p.run / period, more = p.run % period, present = whole ? lanes : std::min(lanes, more);
-    for (int64_t first = 0; first < present; first += channels)
-      for (int64_t j = 0; j < channels; ++j)
-        if (first + j < present) f(first + j, j, double(p.runs * (whole + (first + j < more))));
+    const double n = double(p.runs * whole), longer = double(p.runs * (whole + 1));
+    for (int64_t first = 0; first < present; first += channels) {
+      const int64_t here = std::min(channels, present - first), of_longer = std::clamp<int64_t>(more - first, 0, here);
+      for (int64_t j = 0; j < of_longer; ++j) f(first + j, j, longer);
+      for (int64_t j = of_longer; j < here; ++j) f(first + j, j, n);
+    }
   }
 };
 template <class S>
