@@ -48,7 +48,11 @@ class Native:
 
 @pytest.fixture(params=["cpu", "stand-in for CUDA"])
 def native(request, monkeypatch):
-    return None if request.param == "cpu" else Native(monkeypatch)
+    if request.param != "cpu":
+        yield Native(monkeypatch)
+    else:
+        with aeup.backend("cpu"):  # "auto" leaves small images to torch
+            yield None
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
@@ -64,7 +68,7 @@ def test_as_torchs(native, activation):
     assert native is None or native.calls == ["forward", "backward"] * 12
 
 
-def test_torchs_own_samples():
+def test_torchs_own_samples(native):
     """Every sample of torch's OpInfo, of any rank."""
     from torch.testing._internal.common_methods_invocations import op_db
 
@@ -160,7 +164,8 @@ def test_gradients_of_the_cpus_kernels():
     for layout in LAYOUTS:
         leaves = [t.requires_grad_() for t in tensors((2, 4, 2, 3), layout=layout)]
         call = lambda x, w, b: aeup.group_norm(x, 2, w, b, activation="silu")  # noqa: E731
-        assert torch.autograd.gradcheck(call, leaves) and torch.autograd.gradgradcheck(call, leaves)
+        with aeup.backend("cpu"):
+            assert torch.autograd.gradcheck(call, leaves) and torch.autograd.gradgradcheck(call, leaves)
 
 
 @pytest.mark.parametrize("affine, activation", [(True, "silu"), (False, "tanh")])
@@ -298,12 +303,18 @@ def test_compiled_without_a_graph_break(monkeypatch):
 
 def test_explain():
     layer = aeup.GroupNorm(2, 4, activation="silu")
-    first, second = aeup.explain(layer, torch.randn(2, 4, 3, 3))
+    x = torch.randn(2, 4, 16, 32)
+    first, second = aeup.explain(layer, x)
     assert (first.op, second.op) == ("aeup.group_norm", "aeup.group_norm_backward")
     assert first.backend == second.backend == "cpu" and "2 groups, silu" in first.call and "gradient" in second.call
     assert first.kernel.startswith("statistics, then the output")
     assert first.others["cuda"] == "the tensor is on cpu"
     assert all(c.others["triton"] == "there is no Triton kernel for group norm" for c in (first, second))
+    for given, alone, reason in ((x[:, :, :15], layer, "fewer than 512 pixels"), (x, aeup.GroupNorm(2, 4), "without")):
+        choices = aeup.explain(alone, given)
+        assert [c.backend for c in choices] == ["torch"] * 2 and all(reason in c.others["cpu"] for c in choices)
+        last = given.contiguous(memory_format=torch.channels_last)
+        assert [c.backend for c in aeup.explain(alone, last)] == ["cpu"] * 2
     (rank,) = aeup.explain(layer, torch.randn(2, 4, 3))
     assert rank.backend == "torch" and "[N, C, H, W]" in rank.others["cuda"]
     for name in ("cuda", "triton"):
