@@ -313,6 +313,8 @@ def test_explain():
     for given, alone, reason in ((x[:, :, :15], layer, "fewer than 512 pixels"), (x, aeup.GroupNorm(2, 4), "without")):
         choices = aeup.explain(alone, given)
         assert [c.backend for c in choices] == ["torch"] * 2 and all(reason in c.others["cpu"] for c in choices)
+        wide = aeup.explain(aeup.group_norm, torch.zeros(1, 256, 8, 8).to(memory_format=torch.channels_last), 8)
+        assert [c.backend for c in wide] == ["torch"] * 2 and "from 256 channels on" in wide[0].others["cpu"]
         last = given.contiguous(memory_format=torch.channels_last)
         assert [c.backend for c in aeup.explain(alone, last)] == ["cpu"] * 2
     (rank,) = aeup.explain(layer, torch.randn(2, 4, 3))
