@@ -3,12 +3,13 @@
 from aeup.backends import BackendError, backend, explain, get_backend, set_backend
 from aeup.checkerboard import checkerboard
 from aeup.decoder import Decoder
-from aeup.functional import batch_norm, conv2d, conv_transpose2d, interpolate, upsample_conv2d
+from aeup.functional import batch_norm, conv2d, conv_transpose2d, group_norm, interpolate, upsample_conv2d
 from aeup.intercept import intercept
 from aeup.nn import (
     BatchNorm2d,
     Conv2d,
     ConvTranspose2d,
+    GroupNorm,
     Upsample,
     UpsampleConv2d,
     UpsamplingBilinear2d,
@@ -25,6 +26,7 @@ __all__ = [
     "Conv2d",
     "ConvTranspose2d",
     "Decoder",
+    "GroupNorm",
     "Upsample",
     "UpsampleConv2d",
     "UpsamplingBilinear2d",
@@ -36,6 +38,7 @@ __all__ = [
     "conv_transpose2d",
     "explain",
     "get_backend",
+    "group_norm",
     "icnr_",
     "intercept",
     "interpolate",

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from aeup.functional import Activation
-from aeup.nn import BatchNorm2d, Conv2d, ConvTranspose2d, UpsampleConv2d
+from aeup.nn import BatchNorm2d, Conv2d, ConvTranspose2d, GroupNorm, UpsampleConv2d
 
 UPSAMPLE = ("nearest", "bilinear", "bicubic", "conv_transpose")
 NORM = ("batch", "group", None)
@@ -27,12 +27,14 @@ _FUSED = {"relu": "relu", "leaky_relu": ("leaky_relu", 0.2), "silu": "silu", "ge
 
 
 def make_norm(norm: str | None, channels: int, activation: Activation = None) -> nn.Module:
-    """Batch norm with an activation, group norm (8 groups, or the largest common divisor), or nothing."""
+    """Batch norm or group norm (8 groups, or the largest common divisor) with an activation, or nothing."""
     if norm not in NORM:
         raise ValueError(f"norm must be one of {NORM}, got {norm!r}")
     if norm == "batch":
         return BatchNorm2d(channels, activation=activation)
-    return nn.GroupNorm(math.gcd(8, channels), channels) if norm == "group" else nn.Identity()
+    if norm == "group":
+        return GroupNorm(math.gcd(8, channels), channels, activation=activation)
+    return nn.Identity()
 
 
 def make_activation(activation: str | nn.Module | Callable[[], nn.Module]) -> nn.Module:
@@ -52,9 +54,9 @@ def make_activation(activation: str | nn.Module | Callable[[], nn.Module]) -> nn
 def norm_and_activation(
     norm: str | None, channels: int, activation: str | nn.Module | Callable[[], nn.Module]
 ) -> list[nn.Module]:
-    """A norm and the activation after it. Where batch norm has the activation it is part of it, with an Identity in its
-    place, so that the modules after it keep their names."""
-    fused = _FUSED.get(activation) if norm == "batch" and isinstance(activation, str) else None
+    """A norm and the activation after it. Where the norm can have the activation it is part of it, with an Identity in
+    its place, so that the modules after it keep their names."""
+    fused = _FUSED.get(activation) if norm is not None and isinstance(activation, str) else None
     return [make_norm(norm, channels, fused), nn.Identity() if fused else make_activation(activation)]
 
 
@@ -99,8 +101,8 @@ class Decoder(nn.Module):
     ``upsample="nearest" | "bilinear" | "bicubic"`` is the resize-convolution of Odena et al.
     (distill.pub/2016/deconv-checkerboard), as one op: ``aeup.UpsampleConv2d``. ``"conv_transpose"`` is
     ``aeup.ConvTranspose2d`` with stride 2 and the even kernel ``kernel_size + 1``, so that every output pixel is
-    reached by equally many taps. Batch norm and activation are one op, ``aeup.BatchNorm2d``; without a norm the
-    activation is part of the convolution. Activations that the ops do not have are modules of their own.
+    reached by equally many taps. Norm and activation are one op, ``aeup.BatchNorm2d`` or ``aeup.GroupNorm``; without
+    a norm the activation is part of the convolution. Activations that the ops do not have are modules of their own.
 
     Args:
         channels: widths from the start map to the last hidden map, at least two.

@@ -9,6 +9,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary, has
 
 from aeup.backends import note_torch
 from aeup.ops import batch_norm as norms
+from aeup.ops import group_norm as group_norms
 from aeup.ops.conv2d import CONV2D
 from aeup.ops.conv_shapes import Geometry, geometry, int_pair, of_convolution
 from aeup.ops.conv_transpose2d import CONV_TRANSPOSE2D
@@ -21,7 +22,7 @@ from aeup.ops.maps import autocast_to, memory_format, plan_key
 from aeup.ops.upsample_conv2d import UPSAMPLE_CONV2D
 from aeup.ops.upsample_conv_shapes import UpsampleGeometry, upsample_geometry
 
-__all__ = ["batch_norm", "conv2d", "conv_transpose2d", "interpolate", "upsample_conv2d"]
+__all__ = ["batch_norm", "conv2d", "conv_transpose2d", "group_norm", "interpolate", "upsample_conv2d"]
 
 Activation = str | tuple[str, float] | None
 
@@ -495,3 +496,47 @@ def counted_batch_norm(
         return F.batch_norm(*tensors, training, momentum, eps)  # raises
     norm = norms.Norm(training, momentum, eps, name, slope)
     return norms.batch_norm(input, weight, bias, running_mean, running_var, counter, norm)
+
+
+def group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    activation: Activation = None,
+) -> Tensor:
+    """Group normalisation: :func:`torch.nn.functional.group_norm`, then an activation, as one op. It reads the input
+    twice and writes once, and its gradient reads twice and writes once.
+
+    Signature, defaults and errors are torch's; the dtype and the memory format of `input` are kept, under autocast too
+    (there torch computes in float32 on a GPU and returns that). aeup serves 4-D input in float64, float32, float16 and
+    bfloat16, NCHW and channels-last, with `weight` and `bias` in float32 (float64 beside float64) or in the dtype of
+    `input`; arithmetic is in float32 (float64), with the same bits on every run. Gradients of any order. Everything
+    else goes to torch, and what :func:`torch.compile` makes for a CPU; :func:`aeup.explain` says so.
+
+    Args:
+        input: [N, C, H, W].
+        num_groups: of adjacent channels; it must divide C.
+        weight, bias: [C], or None for ones and zeros.
+        eps: added to the (biased) variance of a group.
+        activation: as :func:`conv_transpose2d`.
+
+    Returns:
+        [N, C, H, W].
+
+    Raises:
+        ValueError: one value per channel in all, an unknown `activation`.
+        RuntimeError: a `num_groups` that does not divide C; shapes, dtypes or devices that do not go together.
+
+    Source: Wu & He, 2018, "Group Normalization", arXiv 1803.08494; sums of squares as in :func:`batch_norm`.
+    """
+    if has_torch_function_variadic(input, weight, bias):
+        return handle_torch_function(
+            group_norm, (input, weight, bias), input, num_groups, weight, bias, eps, activation=activation
+        )
+    name, slope = parse_activation(activation)
+    if not isinstance(input, Tensor):
+        return F.group_norm(input, num_groups, weight, bias, eps)  # raises
+    return group_norms.group_norm(input, weight, bias, group_norms.Norm(num_groups, eps, name, slope))

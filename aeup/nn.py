@@ -13,6 +13,7 @@ from aeup.functional import (
     conv2d,
     conv_transpose2d,
     counted_batch_norm,
+    group_norm,
     interpolate,
     parse_activation,
     upsample_conv2d,
@@ -26,6 +27,7 @@ __all__ = [
     "BatchNorm2d",
     "Conv2d",
     "ConvTranspose2d",
+    "GroupNorm",
     "Upsample",
     "UpsampleConv2d",
     "UpsamplingBilinear2d",
@@ -245,6 +247,25 @@ def normalised(norm: nn.BatchNorm2d, input: Tensor, activation: Activation) -> T
             for mean, of_batch in zip(running, statistics, strict=True):
                 mean.lerp_(of_batch, counter.to(mean.dtype).reciprocal())
     return y
+
+
+class GroupNorm(_WithActivation, nn.GroupNorm):
+    """:class:`torch.nn.GroupNorm` by :func:`aeup.group_norm`: the same constructor, ``state_dict``, results and errors,
+    and keyword-only `activation` as :class:`BatchNorm2d` has it.
+
+    Shapes: [N, C, H, W] -> [N, C, H, W]; other ranks go to torch.
+
+    Raises:
+        ValueError: an unknown `activation`, a `num_groups` that does not divide `num_channels`, one value per channel.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return group_normalised(self, input, self.activation)
+
+
+def group_normalised(norm: nn.GroupNorm, input: Tensor, activation: Activation) -> Tensor:
+    """``activation(norm(input))`` of torch's module, or of aeup's without its own activation, as one op."""
+    return group_norm(input, norm.num_groups, norm.weight, norm.bias, norm.eps, activation=activation)
 
 
 def to_conv_transpose(upsample_conv: UpsampleConv2d) -> ConvTranspose2d:

@@ -11,13 +11,25 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from aeup import nn as aeup_nn
-from aeup.adapters import MARK, Refusal, derive, known, names_upsampling, original_of, pairs, rewrite
+from aeup.adapters import (
+    MARK,
+    SEQUENCE_NORMS,
+    Refusal,
+    derive,
+    kind_of,
+    known,
+    names_upsampling,
+    original_of,
+    pairs,
+    rewrite,
+)
 
 __all__ = ["SwapBenchmark", "SwapReport", "SwapRow", "swap", "unswap"]
 
 _CLASSES = {
     nn.Conv2d: aeup_nn.Conv2d,
     nn.ConvTranspose2d: aeup_nn.ConvTranspose2d,
+    nn.GroupNorm: aeup_nn.GroupNorm,
     nn.Upsample: aeup_nn.Upsample,
     nn.UpsamplingNearest2d: aeup_nn.UpsamplingNearest2d,
     nn.UpsamplingBilinear2d: aeup_nn.UpsamplingBilinear2d,
@@ -66,8 +78,13 @@ class SwapReport:
                 "Fused modules are not called themselves: a hook added later makes them run one by one again; code "
                 "that calls or slices out one of them gets it as it is, unfused."
             )
-        if any(r.now.startswith(("aeup.Conv2d", "aeup.BatchNorm2d")) for r in self.rows):
-            notes.append("aeup.Conv2d and aeup.BatchNorm2d have kernels for GPUs; a CPU's tensors go to torch.")
+        if any(r.now.startswith("aeup.Conv2d") for r in self.rows):
+            notes.append("aeup.Conv2d has kernels for GPUs; a CPU's tensors go to torch.")
+        if any(r.now.startswith("aeup.GroupNorm") for r in self.rows):
+            notes.append(
+                "aeup.GroupNorm serves 4-D input; what else comes, and on a CPU where torch is as fast, goes to torch: "
+                "aeup.explain tells."
+            )
         if any(r.was.startswith("forward of") and r.status == "replaced" for r in self.rows):
             notes.append(
                 "Rewritten forwards are those of their classes now: a class that is patched later is not seen."
@@ -103,6 +120,7 @@ class _Plan:
 
     def __init__(self, model: nn.Module, fuse: bool) -> None:
         self.fuse, self.rows, self.changes = fuse, [], []
+        self.paired, self.of_sequences = set(), set()  # norms, by id: in a pair; of another rank
         for path, module in model.named_modules():
             self.visit(path, module)
 
@@ -120,6 +138,11 @@ class _Plan:
         elif cls is nn.Conv2d:
             if pairs.serves_alone(module):
                 self.single(path, module)
+        elif cls is nn.GroupNorm:
+            if id(module) in self.of_sequences:
+                self.left(path, "GroupNorm", "its input has 3 dimensions: aeup normalises images")
+            elif id(module) not in self.paired:
+                self.single(path, module)
         elif isinstance(module, (nn.Upsample, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
             self.single(path, module)
         elif "ConvTranspose" in cls.__name__ and "quantized" in cls.__module__:
@@ -127,10 +150,16 @@ class _Plan:
         elif pairs.is_sequence(module):
             if self.fuse:
                 self.sequence(path, module)
-        elif not cls.__module__.startswith(("torch.", "aeup.")) and names_upsampling(cls):
-            self.forward(path, module)
-        elif self.fuse:
-            self.adapter(path, module)
+        else:
+            self.of_sequences.update(
+                id(module._modules.get(n)) for n in SEQUENCE_NORMS.get(f"{cls.__module__}:{cls.__qualname__}", ())
+            )
+            names = pairs.norm_names(module) if self.fuse else pairs.NO_NORMS
+            foreign = not cls.__module__.startswith(("torch.", "aeup."))
+            if foreign and (names.norms or names_upsampling(cls)):
+                self.forward(path, module, names)
+            elif self.fuse:
+                self.adapter(path, module)
 
     def single(self, path: str, module: nn.Module) -> None:
         cls = type(module)
@@ -140,7 +169,7 @@ class _Plan:
             return self.left(path, cls.__name__, pairs.refuses_type(module, tuple(_CLASSES)))
         if "forward" in module.__dict__:
             return self.left(path, cls.__name__, "has a forward of its own, set on the instance")
-        if isinstance(module, nn.ConvTranspose2d) and not pairs.has_plain_weight(module):
+        if isinstance(module, (nn.ConvTranspose2d, nn.GroupNorm)) and not pairs.has_plain_weight(module):
             return self.left(path, cls.__name__, f"its weight is a {type(module.weight).__name__}")
         if isinstance(module, nn.Upsample):
             reason = pairs.refuses_upsampling(pairs.upsampling_of(module)._replace(recompute_scale_factor=None))
@@ -165,6 +194,7 @@ class _Plan:
             first = modules[at]
             now = "aeup.upsample_conv2d" if isinstance(first, nn.Upsample) else f"aeup.{first._get_name()}"
             now += " with activation" if size == 3 or not isinstance(first, nn.Upsample) else ""
+            self.paired.add(id(first))
             self.rows.append(SwapRow(places, what, "fused", now))
         if derived:
             self.changes.append((module, derived))
@@ -199,16 +229,16 @@ class _Plan:
         elif "Conv" in type(after).__name__ or pairs.is_sequence(after):
             self.left(place, what, f"not fused: {reason}")
 
-    def forward(self, path: str, module: nn.Module) -> None:
+    def forward(self, path: str, module: nn.Module, names: pairs.NormNames) -> None:
         """By the class's own forward, with its calls replaced."""
         cls = type(module)
         try:
-            found = rewrite(cls.forward, self.fuse)
+            found = rewrite(cls.forward, self.fuse, names)
             if not found.calls:
                 return
             if "forward" in module.__dict__:
                 raise Refusal("it has a forward of its own, set on the instance")
-            derived = derive(cls, "pairs" if self.fuse else "calls")
+            derived = derive(cls, kind_of(names) if self.fuse else "calls")
         except Refusal as error:
             self.left(path, f"forward of {cls.__name__}", f"{error}; see aeup.intercept")
             return
@@ -219,6 +249,18 @@ class _Plan:
             self.changes.append((module, derived))
             for target in found.pairs:
                 self.pair(path, module, target)
+            for norm, activation in found.norms:
+                self.norm(path, module, norm, activation)
+
+    def norm(self, path: str, module: nn.Module, name: str, after: str) -> None:
+        norm, activation = module._modules[name], module._modules.get(after)
+        places = ", ".join(f"{path}.{n}".lstrip(".") for n in (name, after) if n in module._modules)
+        what = f"{type(norm).__name__} -> {type(activation).__name__ if activation else after}"
+        reason = pairs.refuses_activated(norm, activation)
+        if reason:
+            return self.left(places, what, f"not fused: {reason}")
+        self.paired.add(id(norm))
+        self.rows.append(SwapRow(places, what, "fused", "aeup.GroupNorm with activation"))
 
 
 def _submodule(module: nn.Module, path: str) -> nn.Module | None:
@@ -376,7 +418,7 @@ def swap(model: nn.Module, *, fuse: bool = True, dry_run: bool = False, benchmar
 
     What it finds:
 
-    - ``nn.ConvTranspose2d``, ``nn.Upsample`` and its 2-D kin become aeup's, by exact type.
+    - ``nn.ConvTranspose2d``, ``nn.Upsample`` and its 2-D kin, and ``nn.GroupNorm`` become aeup's, by exact type.
     - ``nn.Conv2d`` with a bias, of any stride, dilation 1, a kernel larger than 1 and 16 channels or more becomes
       ``aeup.Conv2d``, which on a GPU adds the bias as it writes the result.
     - modules whose forward calls ``F.interpolate`` or ``F.conv_transpose2d`` (torchvision's segmentation models and
@@ -384,10 +426,12 @@ def swap(model: nn.Module, *, fuse: bool = True, dry_run: bool = False, benchmar
       from its source. Where the source is not what runs, or is not there, the module is left; :func:`aeup.intercept`
       may serve it.
     - with `fuse`, pairs that become one operation: in an ``nn.Sequential``, upsampling and the convolution after it
-      (and its activation), a convolution or a transposed one and its activation, and an ``nn.BatchNorm2d`` and its
-      activation (:func:`aeup.batch_norm`; the norm keeps its class and its running statistics); in a rewritten forward,
-      an interpolate whose result goes to one module only, as its code proves; and by adapters diffusers' ``Upsample2D``
-      (AutoencoderKL and the U-Nets) and the decoder blocks of segmentation_models_pytorch.
+      (and its activation), a convolution or a transposed one and its activation, and an ``nn.BatchNorm2d`` or
+      ``nn.GroupNorm`` and its activation (:func:`aeup.batch_norm`, :func:`aeup.group_norm`; the norm keeps its class
+      and its running statistics); in a rewritten forward, an interpolate whose result goes to one module only, and an
+      ``nn.GroupNorm`` whose result goes to an activation only, as the code proves (diffusers' ``ResnetBlock2D``, the
+      ends of its encoders, decoders and U-Nets); and by adapters diffusers' ``Upsample2D`` (AutoencoderKL and the
+      U-Nets) and the decoder blocks of segmentation_models_pytorch.
 
     Pairs are looked at again whenever they run: what has got a hook, another class or another neighbour since runs
     module by module. Not fused: a convolution with a dilation or a padding mode other than zeros, an upsampling before
@@ -399,8 +443,9 @@ def swap(model: nn.Module, *, fuse: bool = True, dry_run: bool = False, benchmar
     A module is changed by its class alone, to a subclass of it, so that ``isinstance``, deepcopy, pickling, DDP, EMA,
     ``torch.compile``, ``torch.export`` and ``.to(...)`` go on. TorchScript does not know aeup: unswap first.
 
-    Under autocast aeup keeps the dtype of what it upsamples, where torch goes to float32 for some modes: the results
-    differ by the rounding of the low precision, and the next layer gets the low precision. Layouts are kept.
+    Under autocast aeup keeps the dtype of what it upsamples or normalises, where torch goes to float32 for some modes,
+    and for group norm on a GPU: the results differ by the rounding of the low precision, and the next layer gets the
+    low precision. Layouts are kept.
 
     Args:
         fuse: False replaces single modules and calls only.

@@ -16,9 +16,10 @@ from typing import NamedTuple
 from torch import nn
 
 from aeup.adapters import pairs
+from aeup.adapters.pairs import NormNames
 from aeup.adapters.rewrite import Refusal, names_upsampling, rewrite
 
-__all__ = ["KNOWN", "Adapter", "Refusal", "derive", "known", "names_upsampling", "original_of", "rewrite"]
+__all__ = ["KNOWN", "Adapter", "Refusal", "derive", "kind_of", "known", "names_upsampling", "original_of", "rewrite"]
 
 MARK = "_aeup_original"
 
@@ -47,6 +48,9 @@ KNOWN = {
     "segmentation_models_pytorch.decoders.fpn.decoder:SegmentationBlock": "aeup.adapters.smp:FPN_SEGMENTATION",
 }
 
+# Norms whose input has no four dimensions: they are left.
+SEQUENCE_NORMS = {"diffusers.models.attention_processor:Attention": ("group_norm", "norm_cross")}
+
 
 def known(cls: type) -> Adapter | None:
     """The adapter of a class, or None. Raises Refusal where the library's forward is not the one that it is for."""
@@ -64,7 +68,7 @@ def known(cls: type) -> Adapter | None:
 @lru_cache(None)
 def derive(original: type, kind: str) -> type:
     """The subclass of `original` with another forward. Kinds: "sequence", "calls" (only calls replaced), "pairs" (and
-    pairs fused), "known" (an adapter's). Raises Refusal."""
+    pairs fused; see :func:`kind_of`), "known" (an adapter's). Raises Refusal."""
     if kind == "sequence":
         forward = pairs.forward_of_sequence
     elif kind == "known":
@@ -74,7 +78,9 @@ def derive(original: type, kind: str) -> type:
             plain = original.forward
         forward = known(original).forward(plain)
     else:
-        forward = rewrite(original.forward, kind == "pairs").forward
+        kind_, _, names = kind.partition(":")
+        names = NormNames(*(tuple(filter(None, n.split(","))) for n in names.split(";"))) if names else pairs.NO_NORMS
+        forward = rewrite(original.forward, kind_ == "pairs", names).forward
     body = {
         "forward": forward,
         "__reduce_ex__": _reduce,
@@ -88,6 +94,11 @@ def derive(original: type, kind: str) -> type:
         return type(original)(original.__name__, (original,), body)
     except Exception as error:  # of a metaclass, or of __init_subclass__
         raise Refusal(f"its class cannot be derived from: {error}") from error
+
+
+def kind_of(names: NormNames) -> str:
+    """The kind "pairs" for a module with these group norms and activations."""
+    return "pairs:" + ";".join(map(",".join, names)) if names.norms else "pairs"
 
 
 def _reduce(self, protocol):

@@ -1,10 +1,12 @@
-"""What may run as one operation, and why not: upsampling and the convolution after it; a convolution, a transposed one
-or a batch norm and the activation after it. Everything is looked at when it runs, so modules that are hooked, replaced
-or sliced later stay right: they then run one by one."""
+"""What may run as one operation, and why not: upsampling and the convolution after it; a convolution, a transposed one,
+a batch norm or a group norm and the activation after it. Everything is looked at when it runs, so modules that are
+hooked, replaced or sliced later stay right: they then run one by one."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -15,7 +17,8 @@ from aeup.ops.interpolate import MODES
 
 TRANSPOSED = (nn.ConvTranspose2d, aeup_nn.ConvTranspose2d)
 CONVOLUTIONS = (nn.Conv2d, aeup_nn.Conv2d)
-NORMS = (nn.BatchNorm2d, aeup_nn.BatchNorm2d)
+GROUP_NORMS = (nn.GroupNorm, aeup_nn.GroupNorm)
+NORMS = (nn.BatchNorm2d, aeup_nn.BatchNorm2d, *GROUP_NORMS)
 UPSAMPLES = (
     nn.Upsample,
     nn.UpsamplingNearest2d,
@@ -26,7 +29,18 @@ UPSAMPLES = (
 )
 _ACTIVATIONS = {nn.ReLU: "relu", nn.SiLU: "silu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
 _PLAIN_WEIGHTS = (nn.Parameter, Tensor, type(None))
-_NORMS = (nn.BatchNorm2d, nn.LazyBatchNorm2d, nn.SyncBatchNorm)  # and their subclasses: served, or named
+ACTIVATION_FUNCTIONS = {
+    F.relu: "relu",
+    torch.relu: "relu",
+    F.leaky_relu: ("leaky_relu", 0.01),
+    F.silu: "silu",
+    F.gelu: "gelu",
+    F.tanh: "tanh",
+    torch.tanh: "tanh",
+    F.sigmoid: "sigmoid",
+    torch.sigmoid: "sigmoid",
+}  # called with one argument
+_NORMS = (nn.BatchNorm2d, nn.LazyBatchNorm2d, nn.SyncBatchNorm, nn.GroupNorm)  # and subclasses: served, or named
 _SERVED = (*_ACTIVATIONS, nn.LeakyReLU, nn.GELU)  # perhaps: by their arguments
 
 
@@ -114,7 +128,7 @@ def refuses_transposed(conv: nn.Module) -> str | None:
 
 
 def refuses_norm(norm: nn.Module) -> str | None:
-    """Why a batch norm cannot be one operation with the activation after it, or None."""
+    """Why a norm cannot be one operation with the activation after it, or None."""
     if type(norm) is nn.SyncBatchNorm:
         return "SyncBatchNorm normalises with the statistics of all processes"
     return _refuses(norm, NORMS, "the norm")
@@ -197,6 +211,7 @@ _WITH_ACTIVATION = {
     **dict.fromkeys(TRANSPOSED, _conv_transpose),
     aeup_nn.Conv2d: aeup_nn.Conv2d.activated,
     **dict.fromkeys(NORMS, aeup_nn.normalised),
+    **dict.fromkeys(GROUP_NORMS, aeup_nn.group_normalised),
 }
 _STARTS = frozenset((*_WITH_ACTIVATION, *UPSAMPLES))  # of a pair
 
@@ -266,6 +281,40 @@ def pair(module, input: Tensor, *args, **kwargs):
                 return _upsample_conv(input, up, module, None)
             return run_sequence([module], input, up)
     return module(interpolate(input, *args, **kwargs))
+
+
+def activated(norm, activation, input):
+    """``activation(norm(input))``, as one operation where `norm` is a group norm that allows it."""
+    if type(norm) in GROUP_NORMS and isinstance(input, Tensor) and not _has_any_global_hook():
+        module = isinstance(activation, nn.Module)
+        name = activation_of(activation) if module else ACTIVATION_FUNCTIONS.get(activation)
+        if name is not None and refuses_norm(norm) is None:
+            return aeup_nn.group_normalised(norm, input, name)
+    return activation(norm(input))
+
+
+def refuses_activated(norm: nn.Module, activation) -> str | None:
+    """Why :func:`activated` would not fuse, or None."""
+    return refuses_norm(norm) or (refuses_activation(activation) if isinstance(activation, nn.Module) else None)
+
+
+class NormNames(NamedTuple):
+    """The attributes of a module that are group norms, and those that may be an activation after one."""
+
+    norms: tuple[str, ...] = ()
+    activations: tuple[str, ...] = ()
+
+
+NO_NORMS = NormNames()
+
+
+def norm_names(module: nn.Module) -> NormNames:
+    """Empty where its forward cannot have a pair of them."""
+    norms = tuple(sorted(n for n, m in module._modules.items() if type(m) in GROUP_NORMS))
+    activations = tuple(sorted(n for n, m in module._modules.items() if type(m) in _SERVED))
+    code = getattr(type(module).forward, "__code__", None)
+    functions = code is not None and not {f.__name__ for f in ACTIVATION_FUNCTIONS}.isdisjoint(code.co_names)
+    return NormNames(norms, activations) if norms and (activations or functions) else NO_NORMS
 
 
 def refuses_pair(module) -> str | None:

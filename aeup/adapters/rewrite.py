@@ -1,10 +1,11 @@
-"""A module's own forward with its calls of torch's upsampling functions made aeup's: no code is copied from any
-library, and nothing is patched outside of the new function.
+"""A module's own forward with its calls of torch's upsampling functions, and of its group norms, made aeup's: no code
+is copied from any library, and nothing is patched outside of the new function.
 
 The source is parsed, the calls are renamed to free variables of a function that surrounds it, and the result is
 compiled with the same globals, closure and line numbers. It is refused unless compiling the source as it stands gives
 the very code that runs. An interpolate whose result goes to one call and nowhere else, as the code itself proves, joins
-that call (:func:`aeup.adapters.pairs.pair`).
+that call (:func:`aeup.adapters.pairs.pair`); so does a group norm the activation that takes its result
+(:func:`aeup.adapters.pairs.activated`).
 """
 
 import __future__
@@ -21,7 +22,15 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from aeup.adapters.pairs import Resampling, pair, refuses_upsampling
+from aeup.adapters.pairs import (
+    ACTIVATION_FUNCTIONS,
+    NO_NORMS,
+    NormNames,
+    Resampling,
+    activated,
+    pair,
+    refuses_upsampling,
+)
 from aeup.functional import conv_transpose2d, interpolate
 
 _CALLS = {
@@ -31,18 +40,25 @@ _CALLS = {
     F.conv_transpose2d: "_aeup_conv_transpose2d",
     torch.conv_transpose2d: "_aeup_conv_transpose2d",
 }
-_FREE = {"_aeup_interpolate": interpolate, "_aeup_conv_transpose2d": conv_transpose2d, "_aeup_pair": pair}
+_FREE = {
+    "_aeup_interpolate": interpolate,
+    "_aeup_conv_transpose2d": conv_transpose2d,
+    "_aeup_pair": pair,
+    "_aeup_activated": activated,
+}
 _FUTURE = reduce(lambda a, b: a | b, (getattr(__future__, name).compiler_flag for name in __future__.all_feature_names))
 NAMES = frozenset(f.__name__ for f in _CALLS)
 
 
 class Rewritten(NamedTuple):
     """`calls`: the functions that were replaced, as the source writes them; `pairs`: the attributes of self ("conv",
-    "head.0") that take an interpolate's result and now do so in one operation where they can."""
+    "head.0") that take an interpolate's result and now do so in one operation where they can; `norms`: group norms and
+    the activations after them, as attributes of self, or as the source writes a function."""
 
     forward: Callable
-    calls: tuple[str, ...]
-    pairs: tuple[str, ...]
+    calls: tuple[str, ...] = ()
+    pairs: tuple[str, ...] = ()
+    norms: tuple[tuple[str, str], ...] = ()
 
 
 class Refusal(Exception):
@@ -56,7 +72,7 @@ def names_upsampling(cls: type) -> bool:
 
 
 @lru_cache(None)
-def rewrite(forward: Callable, fuse: bool) -> Rewritten:
+def rewrite(forward: Callable, fuse: bool, norms: NormNames = NO_NORMS) -> Rewritten:
     """A forward by aeup, or as it is where it calls none of the functions. Raises Refusal."""
     if not isinstance(forward, types.FunctionType):
         raise Refusal("its forward is not a Python function")
@@ -72,10 +88,10 @@ def rewrite(forward: Callable, fuse: bool) -> Rewritten:
         raise Refusal("its forward uses names that are private to its class")
     if inspect.iscoroutinefunction(forward) or inspect.isgeneratorfunction(forward):
         raise Refusal("its forward is a generator or a coroutine")
-    rewriter = _Rewriter(forward, definition, fuse)
+    rewriter = _Rewriter(forward, definition, fuse, norms)
     definition.body = rewriter.statements(definition.body)
     if not rewriter.calls:
-        return Rewritten(forward, (), ())
+        return Rewritten(forward)
     free = (*code.co_freevars, *_FREE)
     arguments = ast.arguments(
         posonlyargs=[], args=[ast.arg(n) for n in free], kwonlyargs=[], kw_defaults=[], defaults=[]
@@ -92,7 +108,7 @@ def rewrite(forward: Callable, fuse: bool) -> Rewritten:
     new = types.FunctionType(made, forward.__globals__, forward.__name__, forward.__defaults__, closure)
     new.__kwdefaults__, new.__annotations__ = forward.__kwdefaults__, forward.__annotations__
     new.__doc__, new.__qualname__, new.__module__ = forward.__doc__, forward.__qualname__, forward.__module__
-    return Rewritten(new, tuple(rewriter.calls.values()), tuple(rewriter.pairs))
+    return Rewritten(new, tuple(rewriter.calls.values()), tuple(rewriter.pairs), tuple(rewriter.norms))
 
 
 def _codes(code: types.CodeType):
@@ -126,10 +142,11 @@ def _definition(forward: types.FunctionType) -> ast.FunctionDef:
 
 
 class _Rewriter(ast.NodeTransformer):
-    def __init__(self, forward: types.FunctionType, definition: ast.FunctionDef, fuse: bool) -> None:
-        self.code, self.globals, self.fuse = forward.__code__, forward.__globals__, fuse
+    def __init__(self, forward: types.FunctionType, definition: ast.FunctionDef, fuse: bool, names: NormNames) -> None:
+        self.code, self.globals, self.fuse, self.names = forward.__code__, forward.__globals__, fuse, names
         self.me = self.code.co_varnames[0] if self.code.co_argcount else None
         self.calls, self.pairs = {}, []  # calls by their place: one that moves into two branches is one
+        self.norms = {}
         nodes = list(ast.walk(definition))
         # Bound somewhere within, so perhaps no global: stored names, arguments, imports, inner functions.
         self.bound = {n.id for n in nodes if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
@@ -190,9 +207,31 @@ class _Rewriter(ast.NodeTransformer):
             ast.Call(ast.Name("_aeup_pair", ast.Load()), [call.func, *arguments], keywords), resampling
         )
 
+    def norm_pair(self, call: ast.Call, norm: ast.expr) -> tuple[str, str] | None:
+        """A group norm of self and an activation, if call(norm(...)) is of such: their names."""
+        path = self.attribute_of_self(norm.func) if isinstance(norm, ast.Call) else None
+        if path not in self.names.norms or len(norm.args) != 1 or norm.keywords or _starred(norm):
+            return None
+        after = self.attribute_of_self(call.func)
+        if after in self.names.activations:
+            return path, after
+        found = self.resolve(call.func)
+        known = isinstance(found, Callable) and found.__hash__ and found in ACTIVATION_FUNCTIONS
+        return (path, ast.unparse(call.func)) if known else None
+
+    def with_norm(self, call: ast.Call, norm: ast.expr) -> ast.Call | None:
+        """call(norm(...)) as one call, if they are an activation and a group norm of self."""
+        found = self.norm_pair(call, norm)
+        if found is None:
+            return None
+        self.note(norm)
+        self.norms[found] = None
+        arguments = [norm.func, call.func, self.visit(norm.args[0])]
+        return ast.copy_location(ast.Call(ast.Name("_aeup_activated", ast.Load()), arguments, []), norm)
+
     def visit_Call(self, node: ast.Call) -> ast.expr:
         if len(node.args) == 1 and not node.keywords and isinstance(node.args[0], ast.Call):
-            one = self.joined(node, node.args[0])
+            one = self.joined(node, node.args[0]) or self.with_norm(node, node.args[0])
             if one is not None:
                 return one
         name = self.target(node)
@@ -213,6 +252,8 @@ class _Rewriter(ast.NodeTransformer):
         ``if self.a: ...`` of which a branch starts so, the interpolate moves into both branches."""
         out = []
         for statement in block:
+            if out and self.follow(out[-1], statement):
+                continue
             if out and (self.join(out[-1], statement) or self.sink(out[-1], statement)):
                 out.pop()
             out.append(statement)
@@ -228,14 +269,36 @@ class _Rewriter(ast.NodeTransformer):
         second.orelse.insert(0, copy.deepcopy(first))
         return True
 
+    def follow(self, first: ast.stmt, second: ast.stmt) -> bool:
+        """Moves `second` to the end of the branches of `first` where one ends in a norm that it joins there."""
+        if not isinstance(first, ast.If) or not self.ends_in_norm(first, second):
+            return False
+        for branch in (first.body, first.orelse):
+            if not (branch and self.follow(branch[-1], second)):
+                branch.append(copy.deepcopy(second))
+        return True
+
+    def ends_in_norm(self, first: ast.stmt, second: ast.stmt) -> bool:
+        if isinstance(first, ast.If):
+            return any(branch and self.ends_in_norm(branch[-1], second) for branch in (first.body, first.orelse))
+        return (
+            isinstance(first, ast.Assign)
+            and isinstance(first.value, ast.Call)
+            and self.attribute_of_self(first.value.func) in self.names.norms
+            and self.join(first, copy.deepcopy(second))
+        )
+
     def join(self, first: ast.stmt, second: ast.stmt) -> bool:
-        """Moves the interpolate of `first` into `second` where nothing else can see its result."""
+        """Moves the interpolate, or the group norm, of `first` into `second` where nothing else can see its result."""
         if not (
             isinstance(first, ast.Assign)
             and len(first.targets) == 1
             and isinstance(first.targets[0], ast.Name)
-            and self.target(first.value) == "_aeup_interpolate"
+            and isinstance(first.value, ast.Call)
         ):
+            return False
+        norm = self.attribute_of_self(first.value.func) in self.names.norms
+        if not norm and self.target(first.value) != "_aeup_interpolate":
             return False
         name = first.targets[0].id
         ends = isinstance(second, ast.Return) or (
@@ -251,7 +314,9 @@ class _Rewriter(ast.NodeTransformer):
             if self.attribute_of_self(call.func) is None and self.resolve(call.func) is None:
                 return False
             if isinstance(call.args[0], ast.Name):
-                if call.args[0].id != name or not self.attribute_of_self(call.func) or _starred(first.value):
+                if call.args[0].id != name or _starred(first.value):
+                    return False
+                if not (self.norm_pair(call, first.value) if norm else self.attribute_of_self(call.func)):
                     return False
                 call.args[0] = first.value
                 return True

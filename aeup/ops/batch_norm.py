@@ -6,6 +6,7 @@ normalised value and the activation's derivative anew from the input, so that no
 Gradients of gradients are torch's own operators.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -16,8 +17,20 @@ from torch._prims_common import suggest_memory_format
 from aeup import tuned
 from aeup.backends import Kernel, Op, choose, get_backend, note, note_torch
 from aeup.ops import compiled
-from aeup.ops.eager import MOST_PLANS, forward_ad, traced, transforms_active
+from aeup.ops.eager import forward_ad, traced, transforms_active
 from aeup.ops.epilogue import AFTER, NUMBER, activate, activation_gradient, check_activation
+from aeup.ops.norm_common import (
+    Plan,
+    arithmetic,
+    gradient_of_gradients,
+    if_wanted,
+    in_dtypes,
+    instructions,
+    of_the_compiler,
+    place,
+    refusal,
+    registered,
+)
 
 _AXES = (0, 2, 3)
 
@@ -33,18 +46,12 @@ class Norm(NamedTuple):
     slope: float = 0.01
 
 
-def arithmetic(x: Tensor) -> torch.dtype:
-    """The dtype of the sums and of everything per channel."""
-    return torch.float64 if x.dtype is torch.float64 else torch.float32
-
-
 def _by_channel(t: Tensor) -> Tensor:
     return t.view(-1, 1, 1)
 
 
-# --- kernels. Forward: (x, weight, bias, running_mean, running_var, counter, norm) to (y, mean, invstd); in training
-# the running statistics and the counter of batches are updated in place. Backward: (grad, x, mean, invstd, weight,
-# bias, norm, wanted) to the gradients of x, weight and bias, empty where not wanted. ---
+# --- kernels, of (x, weight, bias, running_mean, running_var, counter, norm): in training the running statistics and
+# the counter of batches are updated in place ---
 
 
 def reference(x, weight, bias, running_mean, running_var, counter, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,7 +87,7 @@ def gradients_by_torch(grad, x, mean, invstd, weight, bias, norm: Norm) -> tuple
 
 def _reference_backward(grad, x, mean, invstd, weight, bias, norm: Norm, wanted) -> tuple[Tensor, Tensor, Tensor]:
     found = gradients_by_torch(grad, x, mean, invstd, weight, bias, norm)
-    return tuple(t if want else t.new_empty(0) for t, want in zip(found, wanted, strict=True))
+    return if_wanted(found, wanted)
 
 
 def _compiled_run(x, weight, bias, running_mean, running_var, counter, norm: Norm):
@@ -95,17 +102,7 @@ def _compiled_backward(grad, x, mean, invstd, weight, bias, norm: Norm, wanted):
     return compiled.call("batch_norm_backward", *args, device=x.device.type)
 
 
-def _refusal(device: str, x: Tensor, **by_channel: Tensor | None) -> str | None:
-    reason = compiled.refusal(x, "batch_norm", device)
-    if reason:
-        return reason
-    given = {name: t for name, t in by_channel.items() if t is not None}
-    dtypes = {t.dtype for t in given.values()}
-    if dtypes and dtypes not in ({arithmetic(x)}, {x.dtype}):
-        served = " or ".join(dict.fromkeys(str(d)[6:] for d in (arithmetic(x), x.dtype)))
-        found = ", ".join(f"{name} {str(t.dtype)[6:]}" for name, t in given.items())
-        return f"weight, bias and running statistics must all be {served}, got {found}"
-    return next((f"{name} is not contiguous" for name, t in given.items() if not t.is_contiguous()), None)
+_refusal = partial(refusal, "batch_norm", "weight, bias and running statistics")
 
 
 def _compiled(device: str) -> Kernel:
@@ -123,15 +120,11 @@ def _compiled_gradient(device: str) -> Kernel:
 
 
 def _label(device, *args) -> str:
-    return ("statistics, then the output" if args[-1].training else "one pass") + _instructions(device)
+    return ("statistics, then the output" if args[-1].training else "one pass") + instructions(device)
 
 
 def _label_backward(device, *args) -> str:
-    return "sums, then the input's gradient" + _instructions(device)
-
-
-def _instructions(device) -> str:
-    return f", {torch.ops.aeup_native.cpu_instruction_set.default()}" if device.type == "cpu" else ""
+    return "sums, then the input's gradient" + instructions(device)
 
 
 def _public(*args) -> tuple:
@@ -201,58 +194,20 @@ def batch_norm(x, weight, bias, running_mean, running_var, counter, norm: Norm) 
     key = None
     if not (traced(x, weight, bias) or transforms_active() or forward_ad._current_level >= 0):
         needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:3])
-        by_channel = *map(_place, args[1:5]), x.device, counter is None or (counter.device, counter.dtype)
+        by_channel = *map(place, args[1:5]), x.device, counter is None or (counter.device, counter.dtype)
         key = needs_grad, get_backend(), norm, x.shape, x.stride(), x.dtype, by_channel, x.layout
         plan = PLANS.get(key)
         if plan is not None:
             return plan.run(args)
-    elif _of_the_compiler(x):
+    elif of_the_compiler(x):
         return by_torch(*args)
     reason = _unserved(x, weight, bias, running_mean, running_var, norm, counter)
     if reason:
         note_torch("aeup.batch_norm", lambda: f"{list(x.shape)}, {x.dtype}", reason)
         return by_torch(*args)
-    if traced(x, weight, bias):
+    if registered(x, weight, bias):
         return _dispatched(*args)
-    return by_torch(*args) if key is None else Plan(key, args).run(args)
-
-
-def _of_the_compiler(x: Tensor) -> bool:
-    """On the CPU the compiler joins torch's operators to their neighbours."""
-    return x.is_cpu and torch.compiler.is_compiling()
-
-
-def _place(t: Tensor | None) -> tuple | None:
-    return None if t is None else (t.shape, t.stride(), t.dtype, t.device)
-
-
-class Plan:
-    """The kernels of an eager call, decided once: no dispatcher."""
-
-    __slots__ = ("alone", "backend", "backwards", "kernel", "needs_grad", "norm")
-
-    def __init__(self, key: tuple, args: tuple) -> None:
-        self.needs_grad, self.backend, self.norm, self.backwards = *key[:3], {}
-        self.kernel = choose(OP, args[0], args, self.backend)
-        self.alone = self.kernel is OP.kernels["torch"]
-        if len(PLANS) >= MOST_PLANS:  # sizes that change from call to call
-            PLANS.clear()
-        PLANS[key] = self
-
-    def run(self, args: tuple) -> Tensor:
-        if self.alone:
-            return by_torch(*args)
-        return _BatchNorm.apply(*args[:6], self) if self.needs_grad else self.kernel.run(*args)[0]
-
-    def gradients(self, grad, x, weight, bias, mean, invstd, wanted: tuple) -> tuple:
-        if torch.is_grad_enabled() or transforms_active() or traced(grad, x):
-            return _gradients(grad, x, weight, bias, mean, invstd, self.norm, wanted)
-        args = grad, x, mean, invstd, weight, bias, self.norm, wanted
-        key = grad.stride(), wanted
-        kernel = self.backwards.get(key)
-        if kernel is None:
-            kernel = self.backwards[key] = choose(BACKWARD, x, args, self.backend)
-        return _in_dtypes(kernel.run(*args), (x, weight, bias), wanted)
+    return by_torch(*args) if key is None else _Plan(key, args, PLANS).run(args)
 
 
 PLANS: dict[tuple, Plan] = {}
@@ -271,12 +226,6 @@ def _dispatched(x, weight, bias, running_mean, running_var, counter, norm: Norm)
     return y
 
 
-def _in_dtypes(found: tuple, like: tuple, wanted: tuple) -> tuple:
-    """The gradients that are wanted, in the dtypes of what they are of, else None."""
-    of = zip(found, like, wanted, strict=True)
-    return tuple((g if g.dtype is t.dtype else g.to(t.dtype)) if want else None for g, t, want in of)
-
-
 def _gradients(grad, x, weight, bias, mean, invstd, norm: Norm, wanted) -> tuple:
     """The gradients of x, weight and bias that are wanted, else None."""
     if torch.is_grad_enabled() or transforms_active():  # the statistics depend on x
@@ -290,24 +239,13 @@ def _gradients(grad, x, weight, bias, mean, invstd, norm: Norm, wanted) -> tuple
     else:
         args = grad, x, mean, invstd, weight, bias, norm, wanted
         found = choose(BACKWARD, x, args).run(*args)
-    return _in_dtypes(found, (x, weight, bias), wanted)
+    return in_dtypes(found, (x, weight, bias), wanted)
 
 
-class _BatchNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias, running_mean, running_var, counter, plan):
-        args = x, weight, bias, running_mean, running_var, counter, plan.norm
-        y, mean, invstd = plan.kernel.run(*args)
-        ctx.plan = plan
-        ctx.save_for_backward(x, weight, bias, mean, invstd)
-        ctx.set_materialize_grads(False)
-        return y
-
-    @staticmethod
-    def backward(ctx, grad):
-        if grad is None:
-            return (None,) * 7
-        return *ctx.plan.gradients(grad, *ctx.saved_tensors, ctx.needs_input_grad[:3]), *[None] * 4
+class _Plan(Plan):
+    __slots__ = ()
+    op, backward = OP, BACKWARD
+    composed, any_gradients = staticmethod(by_torch), staticmethod(_gradients)
 
 
 # --- registration ---
@@ -402,18 +340,8 @@ def _context_backward(ctx, inputs, output):
 
 
 def _gradient_backward(ctx, *grads):
-    tensors = ctx.saved_tensors
-    given = [i for i, t in enumerate(tensors) if t is not None]
-
-    def wanted(*some):
-        every = [None] * len(tensors)
-        for i, t in zip(given, some, strict=True):
-            every[i] = t
-        return tuple(t for t, want in zip(gradients_by_torch(*every, ctx.norm), ctx.wanted, strict=True) if want)
-
-    _, pull = torch.func.vjp(wanted, *(tensors[i] for i in given))
-    found = dict(zip(given, pull(tuple(g for g, want in zip(grads, ctx.wanted, strict=True) if want)), strict=True))
-    return *(found.get(i) for i in range(len(tensors))), *[None] * 4
+    function = partial(gradients_by_torch, norm=ctx.norm)
+    return *gradient_of_gradients(ctx.saved_tensors, grads, ctx.wanted, function), *[None] * 4
 
 
 for _name, _how in (

@@ -17,6 +17,7 @@ _PLAIN = {
     aeup.Conv2d: nn.Conv2d,
     aeup.ConvTranspose2d: nn.ConvTranspose2d,
     aeup.BatchNorm2d: nn.BatchNorm2d,
+    aeup.GroupNorm: nn.GroupNorm,
 }
 _ACTIVATIONS = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "silu": nn.SiLU, "gelu": nn.GELU}
 _ACTIVATIONS |= {"tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
@@ -24,8 +25,8 @@ _ACTIVATIONS |= {"tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
 
 def twin(model: nn.Module) -> nn.Module:
     """A copy of `model` [any input -> any output] without aeup's ops: nn.Upsample, nn.Conv2d, nn.ConvTranspose2d,
-    nn.BatchNorm2d and activation modules in the place of `aeup.Upsample`, `UpsampleConv2d`, `Conv2d`,
-    `ConvTranspose2d` and `BatchNorm2d`. Parameters are copied, their names stay.
+    nn.BatchNorm2d, nn.GroupNorm and activation modules in the place of `aeup.Upsample`, `UpsampleConv2d`, `Conv2d`,
+    `ConvTranspose2d`, `BatchNorm2d` and `GroupNorm`. Parameters are copied, their names stay.
 
     Raises:
         TypeError: a module of aeup.nn that has no entry here.
@@ -89,10 +90,18 @@ class _BatchNorm2d(nn.BatchNorm2d):
         return self.after(super().forward(x))
 
 
-_AND_THEN = {nn.Conv2d: _Conv2d, nn.ConvTranspose2d: _ConvTranspose2d, nn.BatchNorm2d: _BatchNorm2d}
+class _GroupNorm(nn.GroupNorm):
+    """nn.GroupNorm, then `after`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(super().forward(x))
 
 
-def _with_activation(layer: nn.Conv2d | nn.ConvTranspose2d | nn.BatchNorm2d, activation) -> nn.Module:
-    layer.__class__ = _AND_THEN[type(layer)]
+_THEN = {nn.Conv2d: _Conv2d, nn.ConvTranspose2d: _ConvTranspose2d}
+_THEN |= {nn.BatchNorm2d: _BatchNorm2d, nn.GroupNorm: _GroupNorm}
+
+
+def _with_activation(layer: nn.Module, activation) -> nn.Module:
+    layer.__class__ = _THEN[type(layer)]
     layer.after = _activation_module(activation).train(layer.training)
     return layer

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "cpu/batch_norm.h"
+#include "cpu/group_norm.h"
 #include "cpu/plan.h"
 
 namespace aeup {
@@ -37,6 +38,8 @@ void interpolate_cpu(const Problem& p, int64_t threads, ParallelFor parallel) {
 }
 void batch_norm_cpu(const BatchNorm& b, ParallelFor parallel) { AEUP_BEST(batch_norm)(b, parallel); }
 void batch_norm_backward_cpu(const BatchNorm& b, ParallelFor parallel) { AEUP_BEST(batch_norm_backward)(b, parallel); }
+void group_norm_cpu(const GroupNorm& g, ParallelFor parallel) { AEUP_BEST(group_norm)(g, parallel); }
+void group_norm_backward_cpu(const GroupNorm& g, ParallelFor parallel) { AEUP_BEST(group_norm_backward)(g, parallel); }
 
 const char* cpu_instruction_set() {
 #if defined(__x86_64__)

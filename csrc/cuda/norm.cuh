@@ -1,6 +1,9 @@
-// What the passes of batch normalisation share. A pass over the tensors is one of two kinds: it sums per channel, and
-// its blocks write partial results; or it first adds those up, every block for its own channels and in the same order,
-// and then makes the elements. So each direction takes two launches, and nothing is added in another order.
+// What the passes of batch and group normalisation share. A pass over the tensors is one of two kinds: it sums per
+// channel, and its blocks write partial results; or it first adds those up, every block for its own channels and in the
+// same order, and then makes the elements. So each direction takes two launches, and nothing is added in another order.
+//
+// Group normalisation (kGrouped) is the same over samples one after another, each with channels of its own, whose
+// partial results are then added over the channels of a group too: group_norm.cuh.
 #pragma once
 #include "batch_norm.h"
 #include "conv_common.cuh"
@@ -37,6 +40,13 @@ struct Norm {
   bool training, narrow;
   Activation activation;
   S slope, momentum, eps;  // slope: of the negative side; 0 relu, 1 no activation
+  // kGrouped; `tiles` are those of all samples.
+  int64_t sample_tiles, sample_step;  // tiles of a sample; elements from one to the next
+  int64_t all, parameters, group;     // channels of all samples; elements of weight and bias; channels of a group
+  int64_t units;                      // partial results of a group in each part: one a channel, or one
+  int64_t part_all;                   // partial results of a part
+  int64_t part_items, part_count;     // items of a block of the pass before, and the elements of an item's position
+  int slot_bits;                      // log2 of the groups of a tile, at most
 };
 template <class S>
 AEUP_DEV S load_fresh(const S* p) {  // written while this kernel may have been set up
@@ -61,14 +71,18 @@ AEUP_DEV void set_channel(const Norm<T>& p, void* to, int64_t i, Acc<T> value) {
 }
 
 // What one thread visits: upward from its first position, or downward from its last.
-template <class T, int V, bool kUp>
+template <class T, int V, bool kUp, bool kGrouped = false>
 struct Walk {
-  int64_t at, in_plane;
+  int64_t at, in_plane, sample;
   int left, tile, channel_in_tile;  // of element 0
   int item, split_index;
   AEUP_DEV explicit Walk(const Norm<T>& p) {
     const Split b = split(blockIdx.x, p.tiles);
-    tile = int(b.remainder), split_index = int(b.quotient);
+    tile = int(b.remainder), split_index = int(b.quotient), sample = 0;
+    if constexpr (kGrouped) {
+      const Split s = split(b.remainder, p.sample_tiles);
+      tile = int(s.remainder), sample = s.quotient;
+    }
     const int t = threadIdx.x, group = t >> p.lane_bits & ((1 << p.group_bits) - 1);
     item = t >> (p.lane_bits + p.group_bits) << p.lane_bits | (t & ((1 << p.lane_bits) - 1));
     channel_in_tile = group * p.width;
@@ -77,8 +91,9 @@ struct Walk {
     const Split place = split(kUp || mine >= p.positions ? mine : p.positions - 1 - mine, p.plane);
     in_plane = place.remainder;
     at = place.quotient * p.plane_step + channel * p.channel_step + in_plane * V;
+    if constexpr (kGrouped) at += sample * p.sample_step;
   }
-  AEUP_DEV int64_t first_channel(const Norm<T>& p) const { return int64_t(tile) << p.tile_bits; }
+  AEUP_DEV int64_t first_channel(const Norm<T>& p) const { return int64_t(tile) << p.tile_bits; }  // of the sample
   AEUP_DEV void next(const Norm<T>& p) {
     if (kUp) {
       in_plane += p.skip, at += p.jump;
@@ -90,8 +105,8 @@ struct Walk {
   }
 };
 // Calls f(values [N][V], at) for the thread's positions of N tensors, U of them loaded at once.
-template <int U, class T, int V, bool kUp, int N, class F>
-AEUP_DEV void sweep(const Norm<T>& p, Walk<T, V, kUp>& w, const T* const (&from)[N], F f) {
+template <int U, class T, int V, bool kUp, bool kGrouped, int N, class F>
+AEUP_DEV void sweep(const Norm<T>& p, Walk<T, V, kUp, kGrouped>& w, const T* const (&from)[N], F f) {
 #pragma unroll 1
   for (; w.left > 0; w.left -= U) {
     Raw<T, V> raw[U][N];
@@ -177,8 +192,8 @@ AEUP_DEV Sum add_parts_of_tile(Sum mine, int channel, int part, int tile_bits, S
   return mine;
 }
 // A block's partial result, from its threads' sums of each element of a position.
-template <class Sum, class T, int V, bool kUp>
-AEUP_DEV void store_partial(const Norm<T>& p, const Walk<T, V, kUp>& w, Acc<T> n, const Acc<T> (&a)[V],
+template <class Sum, class T, int V, bool kUp, bool kGrouped>
+AEUP_DEV void store_partial(const Norm<T>& p, const Walk<T, V, kUp, kGrouped>& w, Acc<T> n, const Acc<T> (&a)[V],
                             const Acc<T> (&b)[V]) {
   using S = Acc<T>;
   constexpr int kPad = kSegment / 16, kRow = kNormBlock + kPad;  // rows of adjacent channels on other banks
@@ -206,8 +221,9 @@ AEUP_DEV void store_partial(const Norm<T>& p, const Walk<T, V, kUp>& w, Acc<T> n
   const Sum total = add_parts_of_tile(pairwise(of), channel, part, p.tile_bits, shared);
   const int64_t to = w.first_channel(p) + t;
   if (t >= tile || to >= p.c) return;
-  store_one(p.partial + (w.split_index * p.c + to) * 2, total.first());
-  store_one(p.partial + (w.split_index * p.c + to) * 2 + 1, total.second());
+  const int64_t before = kGrouped ? w.split_index * p.all + w.sample * p.c : w.split_index * p.c;
+  store_one(p.partial + (before + to) * 2, total.first());
+  store_one(p.partial + (before + to) * 2 + 1, total.second());
 }
 // The sums of all blocks of the pass before, for the channel of each thread below the tile's number of channels.
 template <class Sum, class T>
@@ -284,10 +300,19 @@ struct Coefficients {
   }
 };
 
+// mean, scale and bias of a channel of the block, for z = scale * (x - mean) + bias.
+template <class S, int N, class T>
+AEUP_DEV void set_affine(const Norm<T>& p, int64_t parameter, S mean, S invstd, Coefficients<S, N>& shared) {
+  shared.of[0][threadIdx.x] = mean;
+  shared.of[1][threadIdx.x] = p.weight ? invstd * of_channel(p, p.weight, parameter) : invstd;
+  shared.of[2][threadIdx.x] = p.bias ? of_channel(p, p.bias, parameter) : S(0);
+}
+
 // --- the plan ---
-// `at_once`: blocks that shall run at the same time. Sets all that says how the tensors are walked.
+// `at_once`: blocks that shall run at the same time. Sets all that says how the tensors are walked: `samples` of them
+// as b describes one.
 template <class T>
-Norm<T> plan_norm(const BatchNorm& b, bool vectors, int64_t at_once) {
+Norm<T> plan_norm(const AnyNorm& b, bool vectors, int64_t at_once, int64_t samples = 1) {
   constexpr int kBytes = int(sizeof(T));
   const int v = vectors ? kNormWide<T> : 1;
   Norm<T> p{};
@@ -310,7 +335,8 @@ Norm<T> plan_norm(const BatchNorm& b, bool vectors, int64_t at_once) {
   while (1 << p.group_bits < groups) ++p.group_bits;
   while (1 << p.tile_bits < groups * p.width) ++p.tile_bits;
   p.items = kNormBlock / groups;
-  p.tiles = ceil_div(b.c, int64_t(groups) * p.width);
+  p.sample_tiles = ceil_div(b.c, int64_t(groups) * p.width);
+  p.tiles = p.sample_tiles * samples, p.sample_step = b.n * b.c * b.pixels, p.all = b.c * samples;
   p.splits = max(at_once / p.tiles, int64_t(1));
   if (p.splits * p.tiles * 8 < at_once * 7) p.splits = max(4 * at_once / p.tiles, int64_t(1));  // many, in turn
   p.splits = min(p.splits, ceil_div(p.positions, p.items));
@@ -321,8 +347,7 @@ Norm<T> plan_norm(const BatchNorm& b, bool vectors, int64_t at_once) {
   p.wrap = p.plane_step - p.plane * v;
   p.activation = b.activation;
   p.slope = Acc<T>(b.activation == Activation::none ? 1 : b.activation == Activation::relu ? 0 : b.slope);
-  p.momentum = Acc<T>(b.momentum), p.eps = Acc<T>(b.eps);
-  p.training = b.training, p.narrow = b.narrow;
+  p.eps = Acc<T>(b.eps), p.narrow = b.narrow;
   using S = Acc<T>;
   p.input = static_cast<const T*>(b.input), p.grad = static_cast<const T*>(b.grad);
   p.weight = b.weight, p.bias = b.bias;
@@ -331,12 +356,12 @@ Norm<T> plan_norm(const BatchNorm& b, bool vectors, int64_t at_once) {
 }
 // Whether positions may be of more than one element: by the sizes, and by the tensors.
 template <class T>
-bool has_vectors(const BatchNorm& b) {
+bool has_vectors(const AnyNorm& b) {
   const bool last = b.channels_adjacent();
   return kNormWide<T> > 1 && (last ? b.c : b.c > 1 ? b.pixels : b.n * b.pixels) % kNormWide<T> == 0;
 }
 template <class T>
-bool in_vectors(const BatchNorm& b, const void* result) {
+bool in_vectors(const AnyNorm& b, const void* result) {
   return has_vectors<T>(b) && alignment_of(b.input) == 16 && alignment_of(b.grad) == 16 && alignment_of(result) == 16;
 }
 inline bool is_piecewise_norm(Activation a) {
@@ -349,20 +374,31 @@ void take_partials(Norm<T>& p, const Norm<T>& sums) {
   p.part_rounds = sums.rounds, p.part_rest = sums.rest;
 }
 // Blocks that run at once: as many of a pass on a multiprocessor as its registers leave room for.
-inline int64_t blocks_at_once(const BatchNorm& b, int per_multiprocessor) {
+inline int64_t blocks_at_once(const AnyNorm& b, int per_multiprocessor) {
   return b.blocks ? b.blocks : per_multiprocessor * int64_t(multiprocessors());
 }
 template <class T, int V>
-Norm<T> plan_sums(const BatchNorm& b, void* workspace) {
-  Norm<T> p = plan_norm<T>(b, V > 1, blocks_at_once(b, V > 1 ? 1 : 2));
+Norm<T> plan_sums(const AnyNorm& b, void* workspace, int64_t samples = 1) {
+  Norm<T> p = plan_norm<T>(b, V > 1, blocks_at_once(b, V > 1 ? 1 : 2), samples);
   p.partial = static_cast<Acc<T>*>(workspace);
   return p;
+}
+// Bytes of the partial results of sums over `samples` of b; which of the two it is, the tensors' addresses tell.
+inline int64_t partials_bytes(const AnyNorm& b, int64_t samples = 1) {
+  int64_t splits = 0;
+  with_type(b.dtype, [&](auto t) -> const char* {
+    using T = decltype(t);
+    splits = plan_sums<T, 1>(b, nullptr, samples).splits;
+    if (has_vectors<T>(b)) splits = max(splits, plan_sums<T, kNormWide<T>>(b, nullptr, samples).splits);
+    return nullptr;
+  });
+  return splits * samples * b.c * 2 * (b.dtype == DType::f64 ? 8 : 4);
 }
 
 // f(T(), elements of a position, whether the activation is piecewise), the last two as types: vectors where the tensors
 // with `result` allow them.
 template <class F>
-const char* with_norm(const BatchNorm& b, const void* result, F f) {
+const char* with_norm(const AnyNorm& b, const void* result, F f) {
   return with_type(b.dtype, [&](auto t) -> const char* {
     using T = decltype(t);
     if constexpr (kNormWide<T> > 1) {
