@@ -155,7 +155,8 @@ class _Plan:
                 id(module._modules.get(n)) for n in SEQUENCE_NORMS.get(f"{cls.__module__}:{cls.__qualname__}", ())
             )
             names = pairs.norm_names(module) if self.fuse else pairs.NO_NORMS
-            foreign = not cls.__module__.startswith(("torch.", "aeup."))
+            # The benchmarks' networks stand for a user's.
+            foreign = not cls.__module__.startswith(("torch.", "aeup.")) or cls.__module__.startswith("aeup.bench.")
             if foreign and (names.norms or names_upsampling(cls)):
                 self.forward(path, module, names)
             elif self.fuse:

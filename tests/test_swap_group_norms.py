@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from aeup.bench import nets
 from swap_helpers import classes_of, close, library, output_and_gradients
 from torch import nn
 
@@ -265,3 +266,15 @@ def test_diffusers_unet_with_time_embeddings():
         report = swap(unet)
         assert any(r.path == "conv_norm_out, conv_act" for r in report.fused)
         torch.testing.assert_close(unet(x, 3).sample, want, rtol=1e-9, atol=1e-9)
+
+
+def test_stable_diffusions_decoder_written_otherwise():
+    """`conv(F.silu(norm(x)))` in each residual block; attention normalises an image, without an activation."""
+    torch.manual_seed(0)
+    model = nets.sd_vae((32, 32, 32, 32)).double()
+    plain, x = copy.deepcopy(model), torch.randn(1, 4, 4, 6, dtype=torch.float64)
+    report = swap(model)
+    assert [r.was for r in report.fused].count("GroupNorm -> F.silu") == 2 * 14
+    assert [r.path for r in report.replaced if r.was == "GroupNorm"] == ["2.norm"] and not report.left
+    assert len(ops(model, x)) == 2 * 14 + 2
+    torch.testing.assert_close(model(x), plain(x), rtol=1e-9, atol=1e-9)
