@@ -11,7 +11,7 @@ from aeup.backends import note_torch
 from aeup.ops import batch_norm as norms
 from aeup.ops import group_norm as group_norms
 from aeup.ops.conv2d import CONV2D
-from aeup.ops.conv_shapes import Geometry, geometry, int_pair, of_convolution
+from aeup.ops.conv_shapes import Geometry, geometry, int_pair, of_convolution, same_padding
 from aeup.ops.conv_transpose2d import CONV_TRANSPOSE2D
 from aeup.ops.eager import transforms_active
 from aeup.ops.epilogue import ACTIVATIONS, activate
@@ -20,7 +20,7 @@ from aeup.ops.interpolate import Plan as ResamplePlan
 from aeup.ops.interpolate import plan_key as resample_key
 from aeup.ops.maps import autocast_to, memory_format, plan_key
 from aeup.ops.upsample_conv2d import UPSAMPLE_CONV2D
-from aeup.ops.upsample_conv_shapes import UpsampleGeometry, upsample_geometry
+from aeup.ops.upsample_conv_shapes import geometry_of_call, upsample_geometry
 
 __all__ = ["batch_norm", "conv2d", "conv_transpose2d", "group_norm", "interpolate", "upsample_conv2d"]
 
@@ -291,18 +291,12 @@ def _convolution(x_shape, w_shape, stride, padding, dilation, groups) -> tuple[G
     if isinstance(padding, str):
         if padding != "valid" and (padding != "same" or strides != ones):
             return None, crop
-        pads, crop = _same(w_shape[2:], (dh, dw)) if padding == "same" else ((0, 0), crop)
+        pads, crop = same_padding(w_shape[2:], (dh, dw)) if padding == "same" else ((0, 0), crop)
     else:
         pads = int_pair(padding)
     if len(x_shape) == 3:
         x_shape = (1, *x_shape)
     return pads and of_convolution(x_shape, w_shape, *strides, *pads, groups, dh, dw), crop
-
-
-def _same(kernel, dilation=(1, 1)) -> tuple[tuple, tuple]:
-    """The padding of "same", and the rows and columns that then are too many at the top and left."""
-    spans = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
-    return tuple((s + 1) // 2 for s in spans), tuple(s % 2 for s in spans)
 
 
 def _cropped(y: Tensor, crop: tuple, x: Tensor, w: Tensor) -> Tensor:
@@ -371,7 +365,7 @@ def upsample_conv2d(
     for what, t in (("input", x), ("weight", w), ("bias", b)):
         if not isinstance(t, Tensor) and (t is not None or what != "bias"):
             raise TypeError(f"aeup.upsample_conv2d: {what} must be a Tensor, got {type(t).__name__}")
-    g, crop = _upsample_geometry(x.shape, w.shape, *options)
+    g, crop = geometry_of_call(x.shape, w.shape, *options)
     if b is not None and b.shape != (g.co,):
         raise RuntimeError(f"aeup.upsample_conv2d: expected bias to be [{g.co}], got {list(b.shape)}")
     for what, t in (("weight", w), ("bias", b)):
@@ -391,48 +385,6 @@ def upsample_conv2d(
         note_torch("aeup.upsample_conv2d", lambda: f"{list(x.shape)}, {x.dtype}", reason)
         return activate(F.conv2d(reference(x, g.m, False), w, b, 1, g.padding, 1, groups), name, slope)
     return UPSAMPLE_CONV2D(key, x, w, b, g, name, slope)
-
-
-def upsample_geometry_of(x_shape, w_shape, scale_factor, mode, padding, groups) -> tuple[UpsampleGeometry, tuple]:
-    """The geometry of :func:`upsample_conv2d`, and the rows and columns that "same" leaves out at the top and left."""
-    return _upsample_geometry(x_shape, w_shape, None, scale_factor, mode, None, padding, groups)
-
-
-def check_upsampling(size, scale_factor, mode, align_corners) -> None:
-    """Raises the error that :func:`upsample_conv2d` would raise of these arguments on any input."""
-    _upsample_geometry((1, 1, 2**24, 2**24), (1, 1, 1, 1), size, scale_factor, mode, align_corners, 0, 1)
-
-
-def _upsample_geometry(x_shape, w_shape, size, scale_factor, mode, align_corners, padding, groups):
-    """The geometry, and the rows and columns to leave out at the top and left ("same" with an even kernel)."""
-    name = "aeup.upsample_conv2d"
-    if mode not in MODES:
-        raise ValueError(f"{name}: mode must be one of {', '.join(MODES)}; got {mode!r}")
-    if len(x_shape) != 4:
-        raise RuntimeError(f"{name}: expected a 4-D input [N, C, H, W], got shape {list(x_shape)}")
-    if x_shape[1] == 0:
-        raise RuntimeError(f"{name}: expected an input with channels, got shape {list(x_shape)}")
-    if len(w_shape) != 4:
-        raise RuntimeError(
-            f"{name}: expected a 4-D weight [out_channels, in_channels / groups, kH, kW], got shape {list(w_shape)}"
-        )
-    if size is not None and scale_factor == 2:
-        scale_factor = None
-    m = map_of(tuple(x_shape[2:]), size, scale_factor, mode, align_corners, None, False)
-    crop = (0, 0)
-    if padding == "valid":
-        pads = (0, 0)
-    elif padding == "same":
-        pads, crop = _same(w_shape[2:])
-    elif isinstance(padding, str):
-        raise ValueError(f"{name}: padding must be an int, a pair of ints, 'same' or 'valid'; got {padding!r}")
-    else:
-        pads = int_pair(padding)
-        if pads is None:
-            raise TypeError(f"{name}: padding must be an int, a pair of ints, 'same' or 'valid'; got {padding!r}")
-    if isinstance(groups, bool) or not isinstance(groups, int):
-        raise TypeError(f"{name}: groups must be an int, got {groups!r}")
-    return upsample_geometry(name, m, x_shape[1], w_shape, *pads, groups), crop
 
 
 def batch_norm(

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from aeup.backends import note_torch
 from aeup.functional import (
     Activation,
-    check_upsampling,
     conv2d,
     conv_transpose2d,
     counted_batch_norm,
@@ -17,11 +16,10 @@ from aeup.functional import (
     interpolate,
     parse_activation,
     upsample_conv2d,
-    upsample_geometry_of,
 )
 from aeup.ops.epilogue import activate
 from aeup.ops.upsample_conv_cpu import fold_weight
-from aeup.ops.upsample_conv_shapes import fold
+from aeup.ops.upsample_conv_shapes import check_upsampling, fold, upsample_geometry_of
 
 __all__ = [
     "BatchNorm2d",

@@ -14,11 +14,10 @@ from map_cases import DRAWN, gradients_where, of_own_output, views_of
 from upsample_conv_cases import ACTIVATIONS, CASES, DTYPES, LAYOUTS, MODES, Case, always_folded, by_torch, run
 
 import aeup
-from aeup.functional import upsample_geometry_of
 from aeup.ops.interpolate import map_of
 from aeup.ops.upsample_conv_cpu import fold_weight, unfold_gradient
 from aeup.ops.upsample_conv_kernels import MAPS, W, X, Y
-from aeup.ops.upsample_conv_shapes import fold
+from aeup.ops.upsample_conv_shapes import fold, geometry_of_call, upsample_geometry_of
 
 pytestmark = pytest.mark.usefixtures("poison")
 BY_NAME = {case.name: case for case in CASES}
@@ -201,7 +200,7 @@ def test_the_kernels_of_every_backend_here():
         if case.kwargs.get("padding") in ("same", "valid"):
             continue
         x, w, b, grad = case.tensors(torch.float32, layout)
-        g, _ = aeup.functional._upsample_geometry(
+        g, _ = geometry_of_call(
             x.shape, w.shape, case.kwargs.get("size"), case.kwargs.get("scale_factor", 2),
             case.kwargs.get("mode", "nearest"), case.kwargs.get("align_corners"), case.kwargs.get("padding", 0),
             case.kwargs.get("groups", 1),

@@ -20,7 +20,7 @@ from aeup.ops.epilogue import ACTIVATIONS as NAMES
 from aeup.ops.epilogue import activate, activation_gradient
 from aeup.ops.interpolate import MODES as NUMBERED
 from aeup.ops.interpolate import Map, resample
-from aeup.ops.upsample_conv_shapes import upsample_geometry
+from aeup.ops.upsample_conv_shapes import upsample_geometry, upsample_geometry_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -153,7 +153,7 @@ def test_calls_of_the_extension(activation, needs, mode, extension):
 
 
 def test_tables_take_the_extension_only_where_it_is_known_to_be_fast(extension):
-    g, _ = aeup.functional.upsample_geometry_of((2, 4, 5, 4), (3, 4, 3, 3), 2, "nearest", 1, 1)
+    g, _ = upsample_geometry_of((2, 4, 5, 4), (3, 4, 3, 3), 2, "nearest", 1, 1)
     op, gpu = kernels.MAPS[kernels.Y], torch.device("cuda")
 
     def taken(g, family):

@@ -158,6 +158,12 @@ def int_pair(value):
     return None if None in value else value
 
 
+def same_padding(kernel, dilation=(1, 1)) -> tuple[tuple, tuple]:
+    """The padding of "same", and the rows and columns that then are too many at the top and left."""
+    spans = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+    return tuple((s + 1) // 2 for s in spans), tuple(s % 2 for s in spans)
+
+
 def _int(value):
     if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
         return value

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from aeup.ops.conv_shapes import Geometry, geometry
-from aeup.ops.interpolate import MODES, Map
+from aeup.ops.conv_shapes import Geometry, geometry, int_pair, same_padding
+from aeup.ops.interpolate import MODES, Map, map_of
 
 
 class UpsampleGeometry(NamedTuple):
@@ -128,3 +128,45 @@ def _repeats(i: int, o: int, mode: str, scale: float | None) -> bool:
         if not torch.equal(index, torch.arange(o, device="cpu") // s):
             return False
     return True
+
+
+def upsample_geometry_of(x_shape, w_shape, scale_factor, mode, padding, groups) -> tuple[UpsampleGeometry, tuple]:
+    """The geometry of an upsample_conv2d, and the rows and columns that "same" leaves out at the top and left."""
+    return geometry_of_call(x_shape, w_shape, None, scale_factor, mode, None, padding, groups)
+
+
+def check_upsampling(size, scale_factor, mode, align_corners) -> None:
+    """Raises the error that :func:`aeup.upsample_conv2d` would raise of these arguments on any input."""
+    geometry_of_call((1, 1, 2**24, 2**24), (1, 1, 1, 1), size, scale_factor, mode, align_corners, 0, 1)
+
+
+def geometry_of_call(x_shape, w_shape, size, scale_factor, mode, align_corners, padding, groups):
+    """The geometry, and the rows and columns to leave out at the top and left ("same" with an even kernel)."""
+    name = "aeup.upsample_conv2d"
+    if mode not in MODES:
+        raise ValueError(f"{name}: mode must be one of {', '.join(MODES)}; got {mode!r}")
+    if len(x_shape) != 4:
+        raise RuntimeError(f"{name}: expected a 4-D input [N, C, H, W], got shape {list(x_shape)}")
+    if x_shape[1] == 0:
+        raise RuntimeError(f"{name}: expected an input with channels, got shape {list(x_shape)}")
+    if len(w_shape) != 4:
+        raise RuntimeError(
+            f"{name}: expected a 4-D weight [out_channels, in_channels / groups, kH, kW], got shape {list(w_shape)}"
+        )
+    if size is not None and scale_factor == 2:
+        scale_factor = None
+    m = map_of(tuple(x_shape[2:]), size, scale_factor, mode, align_corners, None, False)
+    crop = (0, 0)
+    if padding == "valid":
+        pads = (0, 0)
+    elif padding == "same":
+        pads, crop = same_padding(w_shape[2:])
+    elif isinstance(padding, str):
+        raise ValueError(f"{name}: padding must be an int, a pair of ints, 'same' or 'valid'; got {padding!r}")
+    else:
+        pads = int_pair(padding)
+        if pads is None:
+            raise TypeError(f"{name}: padding must be an int, a pair of ints, 'same' or 'valid'; got {padding!r}")
+    if isinstance(groups, bool) or not isinstance(groups, int):
+        raise TypeError(f"{name}: groups must be an int, got {groups!r}")
+    return upsample_geometry(name, m, x_shape[1], w_shape, *pads, groups), crop
