@@ -49,7 +49,9 @@ def ratio(x: float) -> str:
 
 
 def short(x: float) -> str:
-    """Three digits at most, no exponent where it can be avoided."""
+    """Three digits, from 10000 on thousands; no exponent where it can be avoided."""
+    if x >= 1e4:
+        return f"{x / 1e3:.0f}k"
     if x >= 100 or x == 0:
         return f"{x:.0f}"
     return f"{x:.3g}" if x >= 1e-3 else f"{x:.0e}".replace("e-0", "e-")
