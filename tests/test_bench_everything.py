@@ -27,9 +27,8 @@ def tiny(operator):
 def small(monkeypatch):
     monkeypatch.setattr(timing, "cpu_seconds", lambda: None)
     monkeypatch.setattr(everything, "MIN_TIME", {"cpu": 1e-3})
-    monkeypatch.setattr(
-        cli, "OPERATORS", [tiny(o) for o in cli.OPERATORS if o.name in ("interpolate", "upsample_conv2d")]
-    )
+    chosen = ("interpolate", "upsample_conv2d", "conv2d")
+    monkeypatch.setattr(cli, "OPERATORS", [tiny(o) for o in cli.OPERATORS if o.name in chosen])
 
 
 def invoke(folder, *more):
@@ -45,6 +44,7 @@ def test_it_measures_every_op_and_writes_one_page(tmp_path):
         assert run["complete"] and [row["status"] for row in run["rows"]] == ["ok"] * rows
     page = (tmp_path / "new" / "report.html").read_text()
     assert all(name.split("-")[0] in page and name.split("-")[0] in result.output for name in files)
+    assert "not measured: conv2d" in result.output and not (tmp_path / "new" / "conv2d-cpu.json").exists()
     assert "all rows" in result.output and "gap: compiled" in result.output and "out of time" not in result.output
 
 

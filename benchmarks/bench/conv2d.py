@@ -140,4 +140,5 @@ OPERATOR = Operator(
     eager=True,
     budget=BUDGET,
     notes=NOTES,
+    by_torch=("cpu",),
 )

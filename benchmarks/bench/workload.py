@@ -170,7 +170,8 @@ class Operator:
     for the default. `peers(device type, with torch.compile)` gives the peers besides torch and aeup, and the gaps.
     `min_time`: seconds for a peer and row, by device type. `eager`: also time calls one after another, with the host's
     time. `group`: what the cases' groups are; `budget`: what the gate does beyond its rule; `directions`: those that
-    its cases have; `notes`: what a reader of the table must know.
+    its cases have; `notes`: what a reader of the table must know; `by_torch`: device types on which aeup leaves all of
+    them to torch.
     """
 
     name: str
@@ -185,6 +186,7 @@ class Operator:
     budget: str = ""
     directions: tuple[str, ...] = DIRECTIONS
     notes: tuple[str, ...] = ()
+    by_torch: tuple[str, ...] = ()
 
     @property
     def what(self) -> str:
