@@ -22,13 +22,14 @@ from aeup.ops.epilogue import AFTER, NUMBER, activate, activation_gradient, chec
 from aeup.ops.norm_common import (
     Plan,
     arithmetic,
-    gradient_of_gradients,
     if_wanted,
     in_dtypes,
     instructions,
     of_the_compiler,
     place,
     refusal,
+    register,
+    register_backward,
     registered,
 )
 
@@ -299,37 +300,6 @@ def _checked_backward(grad, x, mean, invstd, groups, activation, slope, wanted) 
     return Norm(groups, 0.0, activation, slope)
 
 
-def _run_backward(grad, x, mean, invstd, weight, bias, *rest):
-    norm, wanted = _checked_backward(grad, x, mean, invstd, *rest), tuple(rest[-1])
-    args = grad, x, mean, invstd, weight, bias, norm, wanted
-    dx, *others = choose(BACKWARD, x, args).run(*args) if x.numel() else _reference_backward(*args)
-    dx = dx.contiguous(memory_format=suggest_memory_format(x)) if wanted[0] else dx
-    return dx, *(t.to(mean.dtype) for t in others)
-
-
-def _fake_backward(grad, x, mean, invstd, weight, bias, *rest):
-    _checked_backward(grad, x, mean, invstd, *rest)
-    wanted = rest[-1]
-    dx = torch.empty_like(x, memory_format=suggest_memory_format(x)) if wanted[0] else x.new_empty(0)
-    return dx, *(mean.new_empty(x.shape[1] if want else 0) for want in wanted[1:])
-
-
-def _context_backward(ctx, inputs, output):
-    *tensors, groups, activation, slope, ctx.wanted = inputs
-    ctx.norm = Norm(groups, 0.0, activation, slope)
-    ctx.save_for_backward(*tensors)
-
-
-def _gradient_backward(ctx, *grads):
-    function = partial(gradients_by_torch, norm=ctx.norm)
-    return *gradient_of_gradients(ctx.saved_tensors, grads, ctx.wanted, function), *[None] * 4
-
-
-for _name, _how in (
-    ("group_norm", (_run, _fake, _context, _gradient)),
-    ("group_norm_backward", (_run_backward, _fake_backward, _context_backward, _gradient_backward)),
-):
-    _lib.impl(_name, _how[0], "CompositeExplicitAutograd")
-    torch.library.register_fake(f"aeup::{_name}", _how[1], lib=_lib)
-    torch.library.register_autograd(f"aeup::{_name}", _how[3], setup_context=_how[2], lib=_lib)
+register(_lib, "group_norm", _run, _fake, _context, _gradient)
+register_backward(_lib, "group_norm_backward", BACKWARD, _checked_backward, _reference_backward, gradients_by_torch)
 # Under autocast the dtype stays what it is: no autocast kernel falls through to that, where torch goes to float32.

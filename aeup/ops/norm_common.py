@@ -6,9 +6,11 @@ norm, wanted) to the gradients of x, weight and bias, empty where not wanted. `n
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 from aeup.backends import Op, choose
 from aeup.ops import compiled
@@ -131,3 +133,38 @@ class _Norm(torch.autograd.Function):
         if grad is None:
             return None, None, None, *ctx.rest
         return *ctx.plan.gradients(grad, *ctx.saved_tensors, ctx.needs_input_grad[:3]), *ctx.rest
+
+
+def register(lib: torch.library.Library, name: str, run, fake, context, gradient) -> None:
+    lib.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"aeup::{name}", fake, lib=lib)
+    torch.library.register_autograd(f"aeup::{name}", gradient, setup_context=context, lib=lib)
+
+
+def register_backward(lib: torch.library.Library, name: str, op: Op, checked, reference, gradients) -> None:
+    """The operator `name` of (grad, x, mean, invstd, weight, bias, ..., wanted). `checked(grad, x, mean, invstd, ...,
+    wanted)` gives the norm, or raises; `reference`: for empty tensors; `gradients`: all three, differentiable."""
+
+    def run(grad, x, mean, invstd, weight, bias, *rest):
+        norm, wanted = checked(grad, x, mean, invstd, *rest), tuple(rest[-1])
+        args = grad, x, mean, invstd, weight, bias, norm, wanted
+        dx, *others = choose(op, x, args).run(*args) if x.numel() else reference(*args)
+        dx = dx.contiguous(memory_format=suggest_memory_format(x)) if wanted[0] else dx
+        return dx, *(t.to(mean.dtype) for t in others)
+
+    def fake(grad, x, mean, invstd, weight, bias, *rest):
+        checked(grad, x, mean, invstd, *rest)
+        wanted = rest[-1]
+        dx = torch.empty_like(x, memory_format=suggest_memory_format(x)) if wanted[0] else x.new_empty(0)
+        return dx, *(mean.new_empty(x.shape[1] if want else 0) for want in wanted[1:])
+
+    def context(ctx, inputs, output):
+        tensors, rest = inputs[:6], inputs[6:]
+        ctx.norm, ctx.wanted, ctx.rest = checked(*tensors[:4], *rest), rest[-1], (None,) * len(rest)
+        ctx.save_for_backward(*tensors)
+
+    def gradient(ctx, *grads):
+        function = partial(gradients, norm=ctx.norm)
+        return *gradient_of_gradients(ctx.saved_tensors, grads, ctx.wanted, function), *ctx.rest
+
+    register(lib, name, run, fake, context, gradient)
