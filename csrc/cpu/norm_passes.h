@@ -3,8 +3,9 @@
 //
 // Forward: statistics, then output; backward: sums per channel, then the input's gradient. Both layouts are walked in
 // the order of memory, a register at a time: lane l of a period stands for one channel, so in channels-last a period is
-// a common multiple of the channels and the register. The tensors are cut into pieces by their sizes alone, and
-// what the pieces add up is added in their order: the same bits for any number of threads.
+// a common multiple of the channels and the register. In NCHW short planes of one channel are walked by turns with
+// those of the channels beside it. The tensors are cut into pieces by their sizes alone, and what the pieces add up is
+// added in their order: the same bits for any number of threads.
 //
 // Eight values of a lane are added as a tree in the tensors' arithmetic, and that to a double: the error of a long sum
 // is about that of eight. Statistics are of distances from a value about in the middle, joined as counts, means and
@@ -21,54 +22,75 @@
 namespace aeup {
 namespace AEUP_ISA {
 
-constexpr int64_t kSmall = 1 << 15;  // elements below which a second thread costs more than it brings
-constexpr int64_t kPerLane = 512;    // values of a lane in a piece, about
-constexpr int64_t kPieces = 64;      // at least, in a large tensor
-constexpr int64_t kPiece = 1 << 14;  // elements, at least: sums are joined for each piece and channel
-constexpr int64_t kWidePixel = 256;  // channels from which a pixel that does not divide is walked by itself
+// Of what is called for each register: a call would put the registers of the caller into memory.
+#define AEUP_INLINED __attribute__((always_inline))
+#define AEUP_INLINE inline AEUP_INLINED
+
+constexpr int64_t kSmall = 1 << 15;     // elements below which a second thread costs more than it brings
+constexpr int64_t kPerLane = 512;       // values of a lane in a piece, about
+constexpr int64_t kPieces = 64;         // at least, in a large tensor
+constexpr int64_t kPiece = 1 << 14;     // elements, at least: sums are joined for each piece and channel
+constexpr int64_t kWidePixel = 256;     // channels from which a pixel that does not divide is walked by itself
+constexpr int64_t kShortRun = 1 << 10;  // pixels of a plane below which several are walked by turns
 constexpr int64_t kTree = 8;
 
 // --- how the tensors are walked ---
 
-// A piece: `runs` stretches of `run` elements, `step` apart, each from lane 0 on. Its sums go to row `row` of the
-// partial results, `channels` of them from `channel` on.
+// A piece: `runs` stretches of `run` elements, `step` apart, each from lane 0 on; in NCHW as many in each of `planes`
+// planes after one another. Its sums go to row `row` of the partial results, those of channels from `channel` on.
 struct Piece {
-  int64_t at, runs, run, step, row, channel, sample;
+  int64_t at, runs, run, step, row, channel, sample, planes;
 };
 // Lane l belongs to channel `channel` + l % channels. Of adjacent channels there may be `samples` tensors after one
-// another, each with channels of its own: the same number of pieces and rows each.
+// another, each with channels of its own: the same number of pieces and rows each. Else plane q of a piece has the
+// channel `channel` + q, and lanes of its own: from q * period on.
 struct Walk {
   int64_t c, channels, period, lanes;  // lanes: of the period those that stand for a channel
   int64_t samples, pieces, rows;
-  int64_t n, pixels, total;          // of a sample
-  int64_t length;                    // channels-last: elements of a piece
-  int64_t group, segment, segments;  // else: planes of a piece, their elements, pieces of a plane
+  int64_t n, pixels, total;                 // of a sample
+  int64_t length;                           // channels-last: elements of a piece
+  int64_t group, block, segment, segments;  // else: samples and channels of a piece, its run, runs of a plane
   bool adjacent, by_pixel;
 
   Piece piece(int64_t i) const {
     if (adjacent) {
       const int64_t each = pieces / samples, sample = i / each, in_sample = i % each * length;
       const int64_t at = sample * total + in_sample, size = std::min(length, total - in_sample);
-      return by_pixel ? Piece{at, size / c, c, c, i, 0, sample} : Piece{at, 1, size, 0, i, 0, sample};
+      return by_pixel ? Piece{at, size / c, c, c, i, 0, sample, 1} : Piece{at, 1, size, 0, i, 0, sample, 1};
     }
-    const int64_t s = i % segments, channel = i / segments % c, g = i / (segments * c);
+    const int64_t blocks = (c + block - 1) / block, s = i % segments, g = i / (segments * blocks);
+    const int64_t channel = i / segments % blocks * block, planes = std::min(block, c - channel);
     const int64_t runs = std::min(group, n - g * group), run = std::min(segment, pixels - s * segment);
-    return {(g * group * c + channel) * pixels + s * segment, runs, run, c * pixels, g * segments + s, channel, 0};
+    return {
+        (g * group * c + channel) * pixels + s * segment, runs, run, c * pixels, g * segments + s, channel, 0, planes};
   }
   // Values of a channel that row `row` is about.
   int64_t count(int64_t row) const {
-    const Piece p = piece(adjacent ? row : row / segments * segments * c + row % segments);
+    const Piece p = piece(adjacent ? row : row / segments * segments * ((c + block - 1) / block) + row % segments);
     return adjacent ? p.runs * p.run / c : p.runs * p.run;
   }
+  int64_t lanes_of(const Piece& p) const { return p.planes * period; }
+  int64_t channels_of(const Piece& p) const { return p.planes * channels; }
   // f(lane, channel of the piece, values that the piece has of the lane), for all lanes that have any.
   template <class F>
   void for_lanes(const Piece& p, F f) const {
     const int64_t whole = p.run / period, more = p.run % period, present = whole ? lanes : std::min(lanes, more);
     const double n = double(p.runs * whole), longer = double(p.runs * (whole + 1));
-    for (int64_t first = 0; first < present; first += channels) {
-      const int64_t here = std::min(channels, present - first), of_longer = std::clamp<int64_t>(more - first, 0, here);
-      for (int64_t j = 0; j < of_longer; ++j) f(first + j, j, longer);
-      for (int64_t j = of_longer; j < here; ++j) f(first + j, j, n);
+    for (int64_t q = 0; q < p.planes; ++q)
+      for (int64_t first = 0; first < present; first += channels) {
+        const int64_t here = std::min(channels, present - first),
+                      of_longer = std::clamp<int64_t>(more - first, 0, here);
+        for (int64_t j = 0; j < of_longer; ++j) f(q * period + first + j, q + j, longer);
+        for (int64_t j = of_longer; j < here; ++j) f(q * period + first + j, q + j, n);
+      }
+  }
+  // f(where it begins, its plane in the piece) for each run, in the order of memory; `after` when all planes have one.
+  template <class F, class G>
+  void for_runs(const Piece& p, F f, G after) const {
+    const int64_t between = pixels;
+    for (int64_t r = 0; r < p.runs; ++r) {
+      for (int64_t q = 0; q < p.planes; ++q) f(p.at + r * p.step + q * between, q);
+      after();
     }
   }
 };
@@ -94,9 +116,14 @@ Walk walk_of(const AnyNorm& b, int64_t samples = 1) {
     w.segments = (b.pixels + most - 1) / most;
     w.segment = ((b.pixels + w.segments - 1) / w.segments + kTree * L - 1) / (kTree * L) * (kTree * L);
     w.segments = (b.pixels + w.segment - 1) / w.segment;
-    w.group = std::max<int64_t>(1, std::min(b.n, most / b.pixels));
+    w.group = std::max<int64_t>(1, std::min(b.n, most / b.pixels)), w.block = 1;
+    if (b.pixels < kShortRun) {
+      const int64_t planes = std::max(kPiece, w.total / kPieces) / b.pixels, beside = kShortRun / b.pixels;
+      w.group = std::clamp<int64_t>(planes / std::min(b.c, beside), 1, w.group);
+      w.block = std::clamp<int64_t>(planes / w.group, 1, b.c);
+    }
     w.rows = (b.n + w.group - 1) / w.group * w.segments;
-    w.pieces = w.rows * b.c;
+    w.pieces = w.rows * ((b.c + w.block - 1) / w.block);
   }
   return w;
 }
@@ -129,7 +156,20 @@ struct Channels {
       from_arith(float(value), static_cast<f16*>(to) + i);
   }
 };
-// N coefficients a lane. In channels-last made once, else by each piece, of its channel.
+// N coefficients of the channels of a piece: of lanes as they lie in a table [N][period], or of each plane.
+template <class S, int N>
+struct OfPiece {
+  const S* table;
+  int64_t period;
+  const S* of_plane[N];
+  void at_lane(int64_t l, Vec<S> (&k)[N]) const {
+    for (int i = 0; i < N; ++i) k[i] = load(table + i * period + l);
+  }
+  void at_run(int64_t plane, Vec<S> (&k)[N]) const {
+    if (table) return at_lane(0, k);
+    for (int i = 0; i < N; ++i) k[i] = Vec<S>{} + of_plane[i][plane];
+  }
+};
 template <class S, int N>
 struct Coefficients {
   std::vector<S> of_channel[N], table;  // [samples * c], [samples][N][period]
@@ -144,11 +184,10 @@ struct Coefficients {
         for (int64_t l = 0; l < w.lanes; l += w.c)
           std::copy_n(of_channel[k].begin() + s * w.c, w.c, table.begin() + (s * N + k) * w.period + l);
   }
-  // [N][period]; `own`: room for those of one channel.
-  const S* of(const Walk& w, const Piece& p, S (&own)[N * kLanes<S>]) const {
-    if (w.adjacent) return table.data() + p.sample * N * w.period;
-    for (int k = 0; k < N; ++k) std::fill_n(own + k * kLanes<S>, kLanes<S>, of_channel[k][p.channel]);
-    return own;
+  OfPiece<S, N> of(const Walk& w, const Piece& p) const {
+    OfPiece<S, N> k{w.adjacent ? table.data() + p.sample * N * w.period : nullptr, w.period, {}};
+    for (int i = 0; i < N; ++i) k.of_plane[i] = of_channel[i].data() + p.channel;
+    return k;
   }
 };
 
@@ -156,11 +195,19 @@ struct Coefficients {
 
 inline void add_to(double* sum, Vec<double> x) { store(sum, load(sum) + x); }
 inline void add_to(double* sum, VF x) {
+#if defined(__AVX512F__)  // as in vec.h: one instruction each
+  add_to(sum, _mm512_cvtps_pd(_mm512_castps512_ps256(x)));
+  add_to(sum + kLanes<double>, _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1)));
+#elif defined(__AVX2__)
+  add_to(sum, _mm256_cvtps_pd(_mm256_castps256_ps128(x)));
+  add_to(sum + kLanes<double>, _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)));
+#else
   using Half __attribute__((vector_size(kVectorBytes / 2), may_alias)) = float;
   Half half[2];
   std::memcpy(half, &x, sizeof x);
   add_to(sum, __builtin_convertvector(half[0], Vec<double>));
   add_to(sum + kLanes<double>, __builtin_convertvector(half[1], Vec<double>));
+#endif
 }
 template <class V>
 struct Two {
@@ -168,8 +215,12 @@ struct Two {
 };
 template <class V>
 Two(V, V) -> Two<V>;
+template <class S>
+struct TwoSums {
+  Vec<S> a{}, b{};
+};
 template <int K, class F>
-inline auto tree(F f, int64_t first, int64_t step) {
+AEUP_INLINE auto tree(F f, int64_t first, int64_t step) {
   if constexpr (K == 1) {
     return f(first);
   } else {
@@ -177,49 +228,60 @@ inline auto tree(F f, int64_t first, int64_t step) {
     return Two{x.a + y.a, x.b + y.b};
   }
 }
-// sums[2][period] += both results of f(lane, values of N tensors, where they are, how many), over all elements of the
-// piece. Where a register reaches past a run, f gets `filler(lane, k)` there, whose results must be 0.
-template <int N, class T, class F, class Filler>
-void add_piece(const Walk& w, const Piece& p, const T* const (&from)[N], double* sums, F f, Filler filler) {
-  using S = typename Arith<T>::type;
+// sums[2][lanes of the piece] += both results of f(coefficients, values of N tensors, where they are, how many), over
+// all elements of the piece. Where a register reaches past a run, f gets `filler(coefficients, i)` there, for which its
+// results must be 0.
+template <int N, class T, class S, int M, class F, class Filler>
+void add_piece(const Walk& w, const Piece& p, const T* const (&from)[N], double* sums, const OfPiece<S, M>& k, F f,
+               Filler filler) {
   using V = Vec<S>;
   constexpr int64_t L = kLanes<S>;
-  const int64_t period = w.period;
-  const auto add = [&](auto x, int64_t l) { add_to(sums + l, x.a), add_to(sums + period + l, x.b); };
-  auto pending = Two{V{}, V{}};  // where a period is one register: of short runs
-  int waiting = 0;
-  for (int64_t r = 0; r < p.runs; ++r) {
-    const int64_t end = p.at + r * p.step + p.run;
-    int64_t e = p.at + r * p.step;
-    const auto one = [&](int64_t at, int64_t l) {
+  const int64_t period = w.period, width = w.lanes_of(p), run = p.run;
+  const auto add = [=](auto x, int64_t l) AEUP_INLINED { add_to(sums + l, x.a), add_to(sums + width + l, x.b); };
+  // What a run has beyond whole trees waits for that of the next, where a period is one register.
+  std::vector<TwoSums<S>> pending(period == L ? p.planes : 0);
+  const int64_t registers = (run % (kTree * period) + L - 1) / L;
+  int64_t waiting = 0;
+  const auto flush = [&] {
+    for (int64_t q = 0; q < p.planes; ++q) add(pending[q], q * L), pending[q] = {};
+    waiting = 0;
+  };
+  const OfPiece<S, M> of = k;
+  const T* in[N];
+  std::copy_n(from, N, in);
+  const auto over_run = [&](int64_t e, int64_t q) AEUP_INLINED {
+    const int64_t end = e + run;
+    V c[M];
+    of.at_run(q, c);
+    const auto one = [&](int64_t at) AEUP_INLINED {
       V x[N];
-      for (int k = 0; k < N; ++k) x[k] = load(from[k] + at);
-      return f(l, x, at, L);
+      for (int i = 0; i < N; ++i) x[i] = load(in[i] + at);
+      return f(c, x, at, L);
     };
-    const auto rest = [&](int64_t l) {
+    const auto rest = [&]() AEUP_INLINED {
       V x[N];
-      for (int k = 0; k < N; ++k) x[k] = load_first(from[k] + e, int(end - e), filler(l, k));
-      return f(l, x, e, end - e);
+      for (int i = 0; i < N; ++i) x[i] = load_first(in[i] + e, int(end - e), filler(c, i));
+      return f(c, x, e, end - e);
     };
-    for (; e + kTree * period <= end; e += kTree * period)
-      for (int64_t l = 0; l < period; l += L)
-        add(tree<kTree>([&](int64_t at) { return one(at, l); }, e + l, period), l);
     if (period == L) {
-      const auto wait = [&](auto x) {
-        pending.a += x.a, pending.b += x.b;
-        if (++waiting < kTree) return;
-        add(pending, 0);
-        pending.a = pending.b = V{}, waiting = 0;
-      };
-      for (; e + L <= end; e += L) wait(one(e, 0));
-      if (e < end) wait(rest(0));
-    } else {
-      int64_t l = 0;
-      for (; e + L <= end; e += L, l = l + L < period ? l + L : 0) add(one(e, l), l);
-      if (e < end) add(rest(l), l);
+      for (; e + kTree * L <= end; e += kTree * L) add(tree<kTree>(one, e, L), q * L);
+      auto sum = pending[q];
+      const auto wait = [&](auto x) AEUP_INLINED { sum.a += x.a, sum.b += x.b; };
+      for (; e + L <= end; e += L) wait(one(e));
+      if (e < end) wait(rest());
+      pending[q] = sum;
+      return;
     }
-  }
-  if (waiting) add(pending, 0);
+    for (; e + kTree * period <= end; e += kTree * period)
+      for (int64_t l = 0; l < period; l += L) of.at_lane(l, c), add(tree<kTree>(one, e + l, period), l);
+    int64_t l = 0;
+    for (; e + L <= end; e += L, l = l + L < period ? l + L : 0) of.at_lane(l, c), add(one(e), l);
+    if (e < end) of.at_lane(l, c), add(rest(), l);
+  };
+  w.for_runs(p, over_run, [&] {
+    if (period == L && (waiting += registers) >= kTree) flush();
+  });
+  if (waiting) flush();
 }
 
 // Rows [2][c] of partial results; a piece writes those of its channels.
@@ -240,30 +302,38 @@ void statistics(const T* input, const Walk& w, ParallelFor parallel, std::vector
   over_pieces(w, parallel, [&](int64_t i) {
     const Piece p = w.piece(i);
     const T* const from[1] = {input};
-    const int64_t period = w.period;
-    std::vector<double> sums(2 * period);
-    // Distances are from the mean of a few values of the lane, so that one far from the others does no harm.
-    std::vector<S> center(period);
-    Piece few = p;
-    few.runs = std::min(p.runs, p.run < kTree * period ? kTree : 1), few.run = std::min(p.run, kTree * period);
-    const auto value = [](int64_t, const V(&x)[1], int64_t, int64_t) { return Two{x[0], x[0]}; };
-    add_piece<1>(w, few, from, sums.data(), value, [](int64_t, int) { return V{}; });
-    const auto add_up = [&](const double* of) { return std::accumulate(of, of + period, 0.0); };
-    if (w.channels == 1)
-      std::fill(center.begin(), center.end(), S(add_up(sums.data()) / double(few.runs * few.run)));
-    else
-      w.for_lanes(few, [&](int64_t l, int64_t, double n) { center[l] = S(sums[l] / n); });
-    std::fill(sums.begin(), sums.end(), 0.0);
-    const auto distance = [&](int64_t l, const V(&x)[1], int64_t, int64_t) {
-      const V d = x[0] - load(center.data() + l);
+    const int64_t lanes = w.lanes_of(p), channels = w.channels_of(p);
+    std::vector<double> sums(2 * lanes);
+    // Distances are from the mean of a few values of the lane (in NCHW: of the plane), so that one far from the others
+    // does no harm.
+    std::vector<S> center(w.adjacent ? lanes : channels);
+    const OfPiece<S, 1> centers{w.adjacent ? center.data() : nullptr, w.period, {center.data()}};
+    const auto distance = [](const V(&k)[1], const V(&x)[1], int64_t, int64_t) AEUP_INLINED {
+      const V d = x[0] - k[0];
       return Two{d, d * d};
     };
-    add_piece<1>(w, p, from, sums.data(), distance, [&](int64_t l, int) { return load(center.data() + l); });
+    const auto filler = [](const V(&k)[1], int) { return k[0]; };
+    const auto of_plane = [&](int64_t q) {
+      return std::accumulate(&sums[q * w.period], &sums[(q + 1) * w.period], 0.0);
+    };
+    Piece few = p;
+    few.runs = std::min(p.runs, p.run < kTree * w.period ? kTree : 1), few.run = std::min(p.run, kTree * w.period);
+    add_piece(w, few, from, sums.data(), centers, distance, filler);
+    if (w.adjacent)
+      w.for_lanes(few, [&](int64_t l, int64_t, double n) { center[l] = S(sums[l] / n); });
+    else
+      for (int64_t q = 0; q < channels; ++q) center[q] = S(of_plane(q) / double(few.runs * few.run));
+    std::fill(sums.begin(), sums.end(), 0.0);
+    add_piece(w, p, from, sums.data(), centers, distance, filler);
     double *means = partials.row(p.row, 0) + p.channel, *squares = partials.row(p.row, 1) + p.channel;
-    double* const of_squares = sums.data() + period;
-    if (w.channels == 1) {  // one value in the middle for all lanes
-      const double n = double(p.runs * p.run), d = add_up(sums.data()) / n;
-      means[0] = center[0] + d, squares[0] = std::max(add_up(of_squares) - n * d * d, 0.0);  // NaN stays
+    double* const of_squares = sums.data() + lanes;
+    if (!w.adjacent) {
+      const double n = double(p.runs * p.run);
+      for (int64_t q = 0; q < channels; ++q) {
+        const double d = of_plane(q) / n;
+        const double square = std::accumulate(of_squares + q * w.period, of_squares + (q + 1) * w.period, 0.0);
+        means[q] = center[q] + d, squares[q] = std::max(square - n * d * d, 0.0);  // NaN stays
+      }
       return;
     }
     w.for_lanes(p, [&](int64_t l, int64_t j, double n) {
@@ -272,7 +342,7 @@ void statistics(const T* input, const Walk& w, ParallelFor parallel, std::vector
       means[j] += n * sums[l];
     });
     const double count = double(w.count(p.row));
-    for (int64_t j = 0; j < w.channels; ++j) means[j] /= count;
+    for (int64_t j = 0; j < channels; ++j) means[j] /= count;
     w.for_lanes(p, [&](int64_t l, int64_t j, double n) {
       const double d = sums[l] - means[j];
       squares[j] += of_squares[l] + n * d * d;
@@ -306,20 +376,17 @@ std::vector<double> gradient_sums(const Walk& w, ParallelFor parallel, const T* 
   Partials partials(w);
   over_pieces(w, parallel, [&](int64_t i) {
     const Piece p = w.piece(i);
-    S own[5 * kLanes<S>];
-    const S* const table = k.of(w, p, own);
-    std::vector<double> found(2 * w.period);
-    const auto both = [&](int64_t l, const V(&x)[2], int64_t at, int64_t n) {
-      const V d = x[0] - load(table + l);
-      const V z = d * load(table + w.period + l) + load(table + 2 * w.period + l);
-      const V g = activation.gradient(z, x[1]);
-      if (kept && n == kLanes<S>) store(kept + at, g);
-      if (kept && n < kLanes<S>) store_first(kept + at, g, int(n));
+    const int64_t lanes = w.lanes_of(p);
+    std::vector<double> found(2 * lanes);
+    const auto both = [=](const V(&c)[5], const V(&x)[2], int64_t at, int64_t n) AEUP_INLINED {
+      const V d = x[0] - c[0], g = activation.gradient(d * c[1] + c[2], x[1]);
+      if (F::smooth && kept && n == kLanes<S>) store(kept + at, g);
+      if (F::smooth && kept && n < kLanes<S>) store_first(kept + at, g, int(n));
       return Two{g, g * d};
     };
-    add_piece<2>(w, p, from, found.data(), both, [](int64_t, int) { return V{}; });
+    add_piece(w, p, from, found.data(), k.of(w, p), both, [](const V(&)[5], int) { return V{}; });
     double *of_grad = partials.row(p.row, 0) + p.channel, *of_product = partials.row(p.row, 1) + p.channel;
-    w.for_lanes(p, [&](int64_t l, int64_t j, double) { of_grad[j] += found[l], of_product[j] += found[w.period + l]; });
+    w.for_lanes(p, [&](int64_t l, int64_t j, double) { of_grad[j] += found[l], of_product[j] += found[lanes + l]; });
   });
   const int64_t rows = w.rows / w.samples, channels = w.samples * w.c;
   std::vector<double> total(2 * channels);
@@ -331,34 +398,37 @@ std::vector<double> gradient_sums(const Walk& w, ParallelFor parallel, const T* 
 
 // --- elements ---
 
-// to[i] = f(lane, values of N tensors) over all pieces.
+// to[i] = f(values of N tensors, coefficients) over all pieces.
 template <int N, class T, class S, int M, class F>
-void map_elements(const Walk& w, ParallelFor parallel, const T* const (&from)[N], T* to,
-                  const Coefficients<S, M>& coefficients, F f) {
+void map_elements(const Walk& w, ParallelFor parallel, const T* const (&from)[N], T* to, const Coefficients<S, M>& all,
+                  F f) {
   using V = Vec<S>;
   constexpr int64_t L = kLanes<S>;
   over_pieces(w, parallel, [&](int64_t i) {
+    // Copies: what lies behind a reference is read again after every store.
     const Piece p = w.piece(i);
-    S own[M * L];
-    const S* const table = coefficients.of(w, p, own);
-    for (int64_t r = 0; r < p.runs; ++r) {
-      const int64_t start = p.at + r * p.step, end = start + p.run;
-      const auto at_lane = [&](int64_t l, const V(&x)[N]) {
-        V k[M];
-        for (int m = 0; m < M; ++m) k[m] = load(table + m * w.period + l);
-        return f(x, k);
-      };
-      int64_t e = start, l = 0;
-      for (; e + L <= end; e += L, l = l + L < w.period ? l + L : 0) {
-        V x[N];
-        for (int k = 0; k < N; ++k) x[k] = load(from[k] + e);
-        store(to + e, at_lane(l, x));
+    const OfPiece<S, M> k = all.of(w, p);
+    const int64_t period = w.period, run = p.run;
+    const F of = f;
+    T* const out = to;
+    const T* in[N];
+    std::copy_n(from, N, in);
+    const auto over_run = [=](int64_t e, int64_t q) AEUP_INLINED {
+      const int64_t end = e + run;
+      V c[M], x[N];
+      k.at_run(q, c);
+      for (int64_t l = 0; e + L <= end; e += L) {
+        for (int n = 0; n < N; ++n) x[n] = load(in[n] + e);
+        store(out + e, of(x, c));
+        if (period == L) continue;
+        l = l + L < period ? l + L : 0;
+        k.at_lane(l, c);
       }
-      if (e == end) continue;
-      V x[N];
-      for (int k = 0; k < N; ++k) x[k] = load_first(from[k] + e, int(end - e), V{});
-      store_first(to + e, at_lane(l, x), int(end - e));
-    }
+      if (e == end) return;
+      for (int n = 0; n < N; ++n) x[n] = load_first(in[n] + e, int(end - e), V{});
+      store_first(out + e, of(x, c), int(end - e));
+    };
+    w.for_runs(p, over_run, [] {});
   });
 }
 

@@ -112,12 +112,26 @@ inline V load_raw(const void* p) {
 
 inline VF load(const float* p) { return load_raw<VF>(p); }
 inline Vec<double> load(const double* p) { return load_raw<Vec<double>>(p); }
+// Written out for each instruction set: GCC 12 makes several instructions of __builtin_convertvector where the
+// processor has one, and of bytes, code for each lane.
 inline VF load(const bf16* p) {
-  const VU wide = __builtin_convertvector(load_raw<Lanes16<uint16_t>>(p), VU) << 16;
-  return reinterpret_cast<VF>(wide);
+#if defined(__AVX512F__)
+  const VI wide = reinterpret_cast<VI>(_mm512_cvtepu16_epi32(load_raw<__m256i>(p)));
+#elif defined(__AVX2__)
+  const VI wide = reinterpret_cast<VI>(_mm256_cvtepu16_epi32(load_raw<__m128i>(p)));
+#else
+  const VI wide = __builtin_convertvector(load_raw<Lanes16<uint16_t>>(p), VI);
+#endif
+  return reinterpret_cast<VF>(wide << 16);
 }
 inline VF load(const uint8_t* p) {
+#if defined(__AVX512F__)
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(load_raw<__m128i>(p)));
+#elif defined(__AVX2__)
+  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
   return __builtin_convertvector(__builtin_convertvector(load_raw<Lanes16<uint8_t>>(p), VI), VF);
+#endif
 }
 inline VF load(const f16* p) {
 #if defined(__AVX512F__)
@@ -137,13 +151,28 @@ inline void store(bf16* p, VF v) {
   VU bits = reinterpret_cast<VU>(v);
   bits = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
   bits = (v != v) ? VU{} + 0x7fc0 : bits;
+#if defined(__AVX512F__)
+  const auto narrow = _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(bits));
+#elif defined(__AVX2__)
+  const __m256i twice = _mm256_packus_epi32(reinterpret_cast<__m256i>(bits), reinterpret_cast<__m256i>(bits));
+  const auto narrow = _mm256_castsi256_si128(_mm256_permute4x64_epi64(twice, 0x08));
+#else
   const auto narrow = __builtin_convertvector(bits, Lanes16<uint16_t>);
+#endif
   std::memcpy(p, &narrow, sizeof narrow);
 }
 inline void store(uint8_t* p, VF v) {
   v = v < 0 ? VF{} : v;
   v = v > 255 ? VF{} + 255 : v;
+#if defined(__AVX512F__)
+  const auto narrow = _mm512_cvtepi32_epi8(_mm512_cvttps_epi32(v + 0.5f));
+#elif defined(__AVX2__)
+  const __m256i whole = _mm256_cvttps_epi32(v + 0.5f);
+  const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+  const int64_t narrow = _mm_cvtsi128_si64(_mm_packus_epi16(words, words));
+#else
   const auto narrow = __builtin_convertvector(__builtin_convertvector(v + 0.5f, VI), Lanes16<uint8_t>);
+#endif
   std::memcpy(p, &narrow, sizeof narrow);
 }
 inline void store(f16* p, VF v) {

@@ -14,27 +14,34 @@ inline Vec<double> by_lane(Vec<double> x, F f) {
   return x;
 }
 
-// Saturates at e^-87 and e^88.
+// e^x, or with sign -1 e^-x. Saturates at e^-87 and e^88.
+template <int sign = 1>
 inline VF vexp(VF x) {
+  constexpr float least = sign > 0 ? -87.f : -88.f, most = sign > 0 ? 88.f : 87.f;
 #if defined(__AVX512F__)  // of two operands the second where one is NaN
-  x = _mm512_min_ps(VF{} + 88.f, _mm512_max_ps(VF{} - 87.f, x));
+  x = _mm512_min_ps(VF{} + most, _mm512_max_ps(VF{} + least, x));
 #else
-  x = x < -87.f ? VF{} - 87.f : x;
-  x = x > 88.f ? VF{} + 88.f : x;
+  x = x < least ? VF{} + least : x;
+  x = x > most ? VF{} + most : x;
 #endif
   constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it rounds to a whole number
-  const VF shifted = x * 1.44269504f + kRound, n = shifted - kRound;
-  const VF r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // x - n log 2
-  VF q = r * 1.3813142e-3f + 8.3694188e-3f;
+  const VF shifted = x * (sign * 1.44269504f) + kRound, n = shifted - kRound;
+  const VF r = (x - n * (sign * 0.693359375f)) + n * (sign * 2.12194440e-4f);  // sign * (sign * x - n log 2)
+  VF q = r * 1.3813142e-3f + sign * 8.3694188e-3f;
   q = q * r + 4.1668456e-2f;
-  q = q * r + 1.6666515e-1f;
+  q = q * r + sign * 1.6666515e-1f;
   q = q * r + 4.9999994e-1f;
-  const VF e = (q * r) * r + r + 1.f;
+  q = q * r + sign * 1.f;
+  const VF e = q * r + 1.f;
+#if defined(__AVX512F__)
+  return _mm512_scalef_ps(e, n);
+#else
   const VI power = (reinterpret_cast<VI>(shifted) + 127) << 23;  // the whole number lies in the lowest bits
   return e * reinterpret_cast<VF>(power);
+#endif
 }
 inline VF vlogistic(VF x) {
-  const VF d = 1.f + vexp(-x);
+  const VF d = 1.f + vexp<-1>(x);
 #if defined(__AVX512F__)  // an estimate to 14 bits and one step of Newton's: a division takes twice as long
   const VF r = _mm512_rcp14_ps(d);
   return r + r * (1.f - d * r);
