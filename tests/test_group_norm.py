@@ -310,7 +310,7 @@ def test_explain():
     assert first.kernel.startswith("statistics, then the output")
     assert first.others["cuda"] == "the tensor is on cpu"
     assert all(c.others["triton"] == "there is no Triton kernel for group norm" for c in (first, second))
-    for given, alone, reason in ((x[:, :, :15], layer, "fewer than 512 pixels"), (x, aeup.GroupNorm(2, 4), "without")):
+    for given, alone, reason in ((x[:, :, :7], layer, "fewer than 256 pixels"), (x, aeup.GroupNorm(2, 4), "without")):
         choices = aeup.explain(alone, given)
         assert [c.backend for c in choices] == ["torch"] * 2 and all(reason in c.others["cpu"] for c in choices)
         wide = aeup.explain(aeup.group_norm, torch.zeros(1, 256, 8, 8).to(memory_format=torch.channels_last), 8)

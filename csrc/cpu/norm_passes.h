@@ -71,18 +71,16 @@ struct Walk {
   }
   int64_t lanes_of(const Piece& p) const { return p.planes * period; }
   int64_t channels_of(const Piece& p) const { return p.planes * channels; }
-  // f(lane, channel of the piece, values that the piece has of the lane), for all lanes that have any.
+  // Of adjacent channels: f(lane, channel, values that the piece has of the lane), for all lanes that have any.
   template <class F>
   void for_lanes(const Piece& p, F f) const {
     const int64_t whole = p.run / period, more = p.run % period, present = whole ? lanes : std::min(lanes, more);
     const double n = double(p.runs * whole), longer = double(p.runs * (whole + 1));
-    for (int64_t q = 0; q < p.planes; ++q)
-      for (int64_t first = 0; first < present; first += channels) {
-        const int64_t here = std::min(channels, present - first),
-                      of_longer = std::clamp<int64_t>(more - first, 0, here);
-        for (int64_t j = 0; j < of_longer; ++j) f(q * period + first + j, q + j, longer);
-        for (int64_t j = of_longer; j < here; ++j) f(q * period + first + j, q + j, n);
-      }
+    for (int64_t first = 0; first < present; first += channels) {
+      const int64_t here = std::min(channels, present - first), of_longer = std::clamp<int64_t>(more - first, 0, here);
+      for (int64_t j = 0; j < of_longer; ++j) f(first + j, j, longer);
+      for (int64_t j = of_longer; j < here; ++j) f(first + j, j, n);
+    }
   }
   // f(where it begins, its plane in the piece) for each run, in the order of memory; `after` when all planes have one.
   template <class F, class G>
@@ -209,6 +207,16 @@ inline void add_to(double* sum, VF x) {
   add_to(sum + kLanes<double>, __builtin_convertvector(half[1], Vec<double>));
 #endif
 }
+// Of the lanes of a plane: a register's worth of the tensors' arithmetic.
+inline double sum_of_plane(const double* p, int64_t lanes) {
+  Vec<double> sum = load(p);
+  for (int64_t l = kLanes<double>; l < lanes; l += kLanes<double>) sum += load(p + l);
+  double half[kLanes<double>];
+  store(half, sum);
+  for (int width = kLanes<double> / 2; width; width /= 2)
+    for (int i = 0; i < width; ++i) half[i] += half[i + width];
+  return half[0];
+}
 template <class V>
 struct Two {
   V a, b;
@@ -313,9 +321,7 @@ void statistics(const T* input, const Walk& w, ParallelFor parallel, std::vector
       return Two{d, d * d};
     };
     const auto filler = [](const V(&k)[1], int) { return k[0]; };
-    const auto of_plane = [&](int64_t q) {
-      return std::accumulate(&sums[q * w.period], &sums[(q + 1) * w.period], 0.0);
-    };
+    const auto of_plane = [&](int64_t q) { return sum_of_plane(sums.data() + q * w.period, w.period); };
     Piece few = p;
     few.runs = std::min(p.runs, p.run < kTree * w.period ? kTree : 1), few.run = std::min(p.run, kTree * w.period);
     add_piece(w, few, from, sums.data(), centers, distance, filler);
@@ -331,7 +337,7 @@ void statistics(const T* input, const Walk& w, ParallelFor parallel, std::vector
       const double n = double(p.runs * p.run);
       for (int64_t q = 0; q < channels; ++q) {
         const double d = of_plane(q) / n;
-        const double square = std::accumulate(of_squares + q * w.period, of_squares + (q + 1) * w.period, 0.0);
+        const double square = sum_of_plane(of_squares + q * w.period, w.period);
         means[q] = center[q] + d, squares[q] = std::max(square - n * d * d, 0.0);  // NaN stays
       }
       return;
@@ -386,6 +392,13 @@ std::vector<double> gradient_sums(const Walk& w, ParallelFor parallel, const T* 
     };
     add_piece(w, p, from, found.data(), k.of(w, p), both, [](const V(&)[5], int) { return V{}; });
     double *of_grad = partials.row(p.row, 0) + p.channel, *of_product = partials.row(p.row, 1) + p.channel;
+    if (!w.adjacent) {
+      for (int64_t q = 0; q < p.planes; ++q) {
+        of_grad[q] = sum_of_plane(&found[q * w.period], w.period);
+        of_product[q] = sum_of_plane(&found[lanes + q * w.period], w.period);
+      }
+      return;
+    }
     w.for_lanes(p, [&](int64_t l, int64_t j, double) { of_grad[j] += found[l], of_product[j] += found[lanes + l]; });
   });
   const int64_t rows = w.rows / w.samples, channels = w.samples * w.c;
