@@ -18,6 +18,7 @@ from aeup.functional import (
     parse_activation,
     upsample_conv2d,
 )
+from aeup.ops.conv_shapes import int_pair
 from aeup.ops.epilogue import activate
 from aeup.ops.upsample_conv_cpu import fold_weight
 from aeup.ops.upsample_conv_shapes import check_upsampling, fold, upsample_geometry_of
@@ -358,10 +359,11 @@ def icnr_(
 
     Source: Aitken et al., 2017, "Checkerboard artifact free sub-pixel convolution", arXiv 1707.02937, section 3.2.
     """
-    sh, sw = scale if isinstance(scale, (tuple, list)) else (scale, scale)
+    sh, sw = int_pair(scale) or (0, 0)
     if weight.dim() != 4 or min(sh, sw) < 1 or groups < 1:
         raise ValueError(
-            f"weight must be 4-D, scale and groups at least 1, got {list(weight.shape)}, {scale}, {groups}"
+            f"weight must be 4-D, scale a whole number (or two) and, as groups, at least 1; got {list(weight.shape)}, "
+            f"{scale!r}, {groups}"
         )
     init = init or (lambda w: nn.init.kaiming_uniform_(w, a=math.sqrt(5)))
     a, b, kh, kw = weight.shape

@@ -224,7 +224,8 @@ def test_icnr_starts_a_sub_pixel_convolution_as_a_convolution_and_nearest():
 def test_icnr_refuses():
     for weight, scale, kwargs, says in (
         (torch.zeros(4, 6, 3), 2, {}, "weight must be 4-D"),
-        (torch.zeros(4, 6, 3, 3), 0, {}, "scale and groups at least 1"),
+        (torch.zeros(4, 6, 3, 3), 0, {}, "scale a whole number"),
+        (torch.zeros(4, 6, 3, 3), 2.0, {}, "scale a whole number .* got .4, 6, 3, 3., 2.0, 1"),
         (torch.zeros(4, 6, 1, 3), 2, {}, "kernels of at least scale=2"),
         (torch.zeros(4, 6, 3, 3), 2, {"groups": 3}, "groups=3 divides"),
         (torch.zeros(6, 4, 3, 3), 2, {"transposed": False}, "a multiple of scale.2 . groups = 4 output channels"),
