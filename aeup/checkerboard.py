@@ -121,7 +121,7 @@ def checkerboard(
     if isinstance(module_or_image, (int, tuple, list)):
         kernel = _pair("the kernel size", module_or_image)
         size = [max(SIZE, 3 * k) for k in kernel]
-        ones = torch.ones(1, 1, *size, dtype=torch.float64)
+        ones = torch.ones(1, 1, *size, dtype=torch.float64, device="cpu")
         return Checkerboard(stride, F.conv_transpose2d(ones, ones.new_ones(1, 1, *kernel), stride=stride)[0, 0])
     raise TypeError(f"module_or_image must be a module, a tensor or a kernel size, got {module_or_image!r}")
 
@@ -202,15 +202,16 @@ def _energy(images: Tensor, stride: tuple[int, int], exact_to: torch.dtype | Non
     total = power.sum((2, 3), keepdim=True)
     resolution = 4 * torch.finfo(exact_to or images.dtype).eps
     share = torch.where(total > resolution**2, power / total, 0.0).mean((0, 1)).cpu()
-    u, v = torch.fft.fftfreq(h, dtype=torch.float64), torch.fft.fftfreq(w, dtype=torch.float64)
+    on_cpu = {"dtype": torch.float64, "device": "cpu"}
+    u, v = torch.fft.fftfreq(h, **on_cpu), torch.fft.fftfreq(w, **on_cpu)
     radius = torch.hypot(u[:, None], v)
     size = min(h, w)
     bins = math.ceil(math.sqrt(0.5) * size) + 1
-    spectrum = torch.zeros(bins, dtype=torch.float64)
+    spectrum = torch.zeros(bins, **on_cpu)
     spectrum.index_add_(0, (radius * size).round().long().flatten(), share.flatten())
     return {
         "image": images.float(),
-        "frequency": torch.arange(bins, dtype=torch.float64) / size,
+        "frequency": torch.arange(bins, **on_cpu) / size,
         "spectrum": spectrum,
         "energy": share[:: h // stride[0], :: w // stride[1]].sum().item(),
         "noise": (stride[0] * stride[1] - 1) / (h * w - 1),

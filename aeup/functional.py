@@ -435,19 +435,30 @@ def batch_norm(
 def counted_batch_norm(
     input, running_mean, running_var, weight, bias, training, momentum, eps, *, activation: Activation, counter=None
 ) -> Tensor:
-    """:func:`batch_norm` that in training also adds 1 to `counter`, one int64, if given."""
+    """:func:`batch_norm` that in training also adds 1 to `counter`, one int64, if given: then `momentum` may be None,
+    for the mean over all batches."""
     tensors = (input, running_mean, running_var, weight, bias)
     if has_torch_function_variadic(*tensors):
-        if counter is not None:
-            counter.add_(1)
-        return handle_torch_function(
-            batch_norm, tensors, *tensors, training=training, momentum=momentum, eps=eps, activation=activation
-        )
+        options = {"training": training, "momentum": momentum, "eps": eps, "activation": activation}
+        if counter is None:
+            return handle_torch_function(batch_norm, tensors, *tensors, **options)
+        return handle_torch_function(counted_batch_norm, tensors, *tensors, **options, counter=counter)
     name, slope = parse_activation(activation)
     if not isinstance(input, Tensor):
         return F.batch_norm(*tensors, training, momentum, eps)  # raises
+    average = momentum is None and counter is not None and running_mean is not None and running_var is not None
+    statistics, momentum = (running_mean, running_var), 1.0 if average else momentum
+    if average:  # over all batches: of this one alone first
+        statistics = tuple(map(torch.zeros_like, statistics))
     norm = norms.Norm(training, momentum, eps, name, slope)
-    return norms.batch_norm(input, weight, bias, running_mean, running_var, counter, norm)
+    y = norms.batch_norm(input, weight, bias, *statistics, counter, norm)
+    if average:
+        running = running_mean, running_var
+        # As unseen by autograd as torch's own update: the norm may be in the graph more than once.
+        with torch.autograd._unsafe_preserve_version_counter(running):
+            for mean, of_batch in zip(running, statistics, strict=True):
+                mean.lerp_(of_batch, counter.to(mean.device, mean.dtype).reciprocal())
+    return y
 
 
 def group_norm(

@@ -1,5 +1,6 @@
 """torch.nn's upsampling modules on aeup's kernels: subclasses with the same constructors and state_dict keys."""
 
+import inspect
 import math
 from collections.abc import Callable
 
@@ -17,6 +18,7 @@ from aeup.functional import (
     parse_activation,
     upsample_conv2d,
 )
+from aeup.ops.conv_shapes import int_pair
 from aeup.ops.epilogue import activate
 from aeup.ops.upsample_conv_cpu import fold_weight
 from aeup.ops.upsample_conv_shapes import check_upsampling, fold, upsample_geometry_of
@@ -55,6 +57,15 @@ class UpsamplingBilinear2d(Upsample, nn.UpsamplingBilinear2d):
     """:class:`torch.nn.UpsamplingBilinear2d` by :func:`aeup.interpolate`: bilinear with ``align_corners=True``."""
 
 
+def watched(module: nn.Module) -> str | None:
+    """Why a module must be called as it is: something sees its inputs or outputs, or runs in its place; or None."""
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return "has hooks, which would see other values"
+    if "forward" in module.__dict__:
+        return "has a forward of its own, set on the instance"
+    return "is compiled by itself" if module._compiled_call_impl is not None else None
+
+
 class _WithActivation:
     """Before a module of torch: the keyword-only argument `activation`, checked and kept."""
 
@@ -65,6 +76,20 @@ class _WithActivation:
         if activation is not None:
             parse_activation(activation)
         self.activation = activation
+
+    def __init_subclass__(cls, **kwargs) -> None:
+        """Torch's signature and `activation`: torch.nn.utils.skip_init, for one, looks for a `device` there."""
+        super().__init_subclass__(**kwargs)
+        if _WithActivation not in cls.__bases__:
+            return
+
+        def __init__(self, *args, **kwargs) -> None:
+            _WithActivation.__init__(self, *args, **kwargs)
+
+        theirs = inspect.signature(cls.__bases__[1].__init__)
+        last = inspect.Parameter("activation", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Activation)
+        __init__.__signature__ = theirs.replace(parameters=[*theirs.parameters.values(), last])
+        cls.__init__ = __init__
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (f", activation={self.activation!r}" if self.activation else "")
@@ -133,8 +158,9 @@ class UpsampleConv2d(nn.Module):
     :func:`aeup.upsample_conv2d`: the upsampled tensor is never written.
 
     ``conv`` holds the parameters: the keys are "conv.weight" and "conv.bias", and the Sequential's ("1.weight",
-    "1.bias") load too. A `padding_mode` other than "zeros" runs as :func:`aeup.interpolate`, ``F.pad`` and
-    ``F.conv2d``, one after the other.
+    "1.bias") load too. A `padding_mode` other than "zeros", and a ``conv`` that has hooks (pruning, the older
+    ``weight_norm`` and ``spectral_norm``) or was replaced, run as :func:`aeup.interpolate` and ``conv``, one after the
+    other.
 
     Shapes: [N, in_channels, H, W] -> [N, out_channels, uh + 2 * padding - kH + 1, uw + 2 * padding - kW + 1], where
     (uh, uw) is `size`, or floor((H, W) * scale_factor).
@@ -180,19 +206,27 @@ class UpsampleConv2d(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         conv = self.conv
-        if conv.padding_mode != "zeros":
-            return self._padded(input)
+        reason = self._refuses()
+        if reason is not None:
+            return self._one_by_one(input, reason)
         return upsample_conv2d(
             input, conv.weight, conv.bias, scale_factor=self.scale_factor, mode=self.mode,
             align_corners=self.align_corners, padding=conv.padding, groups=conv.groups, activation=self.activation,
             size=self.size,
         )  # fmt: skip
 
-    def _padded(self, input: Tensor) -> Tensor:
-        reason = f"pads the upsampled map with zeros; padding_mode is {self.conv.padding_mode!r}"
+    def _refuses(self) -> str | None:
+        conv = self.conv
+        if type(conv).forward not in _CONVOLVES or getattr(conv, "activation", None) is not None:
+            return f"the convolution is {type(conv).__name__}, which computes something else"
+        if conv.padding_mode != "zeros":
+            return f"pads the upsampled map with zeros; padding_mode is {conv.padding_mode!r}"
+        reason = watched(conv)  # pruning and the older weight_norm and spectral_norm make the weight in a hook
+        return reason and f"the convolution {reason}"
+
+    def _one_by_one(self, input: Tensor, reason: str) -> Tensor:
         note_torch("aeup.upsample_conv2d", lambda: f"{list(input.shape)}, {self.extra_repr()}", reason)
-        u = interpolate(input, self.size, self.scale_factor, self.mode, self.align_corners)
-        y = self.conv._conv_forward(u, self.conv.weight, self.conv.bias)
+        y = self.conv(interpolate(input, self.size, self.scale_factor, self.mode, self.align_corners))
         return activate(y, *parse_activation(self.activation)) if self.activation else y
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
@@ -206,6 +240,9 @@ class UpsampleConv2d(nn.Module):
         text += f", mode={self.mode!r}"
         text += f", align_corners={self.align_corners}" if self.align_corners is not None else ""
         return text + (f", activation={self.activation!r}" if self.activation else "")
+
+
+_CONVOLVES = (nn.Conv2d.forward, Conv2d.forward)
 
 
 class BatchNorm2d(_WithActivation, nn.BatchNorm2d):
@@ -226,25 +263,17 @@ class BatchNorm2d(_WithActivation, nn.BatchNorm2d):
 
 def normalised(norm: nn.BatchNorm2d, input: Tensor, activation: Activation) -> Tensor:
     """``activation(norm(input))`` of torch's module, or of aeup's without its own activation, as one op."""
-    norm._check_input_dim(input)
+    if not isinstance(input, torch.fx.Proxy):
+        norm._check_input_dim(input)
     training, tracks = norm.training, norm.training and norm.track_running_stats
     running = (norm.running_mean, norm.running_var) if tracks or not training else (None, None)
     counter = norm.num_batches_tracked if tracks else None
     unknown = running[0] is None and running[1] is None
-    statistics, momentum = running, 0.0 if norm.momentum is None else norm.momentum
-    average = norm.momentum is None and counter is not None and not unknown
-    if average:  # over all batches: of this one alone first
-        statistics, momentum = tuple(map(torch.zeros_like, running)), 1.0
-    y = counted_batch_norm(
-        input, *statistics, norm.weight, norm.bias, training or unknown, momentum, norm.eps, activation=activation,
+    momentum = 0.0 if norm.momentum is None and (counter is None or unknown) else norm.momentum
+    return counted_batch_norm(
+        input, *running, norm.weight, norm.bias, training or unknown, momentum, norm.eps, activation=activation,
         counter=counter,
     )  # fmt: skip
-    if average:
-        # As unseen by autograd as torch's own update: the norm may be in the graph more than once.
-        with torch.autograd._unsafe_preserve_version_counter(running):
-            for mean, of_batch in zip(running, statistics, strict=True):
-                mean.lerp_(of_batch, counter.to(mean.dtype).reciprocal())
-    return y
 
 
 class GroupNorm(_WithActivation, nn.GroupNorm):
@@ -330,10 +359,11 @@ def icnr_(
 
     Source: Aitken et al., 2017, "Checkerboard artifact free sub-pixel convolution", arXiv 1707.02937, section 3.2.
     """
-    sh, sw = scale if isinstance(scale, (tuple, list)) else (scale, scale)
+    sh, sw = int_pair(scale) or (0, 0)
     if weight.dim() != 4 or min(sh, sw) < 1 or groups < 1:
         raise ValueError(
-            f"weight must be 4-D, scale and groups at least 1, got {list(weight.shape)}, {scale}, {groups}"
+            f"weight must be 4-D, scale a whole number (or two) and, as groups, at least 1; got {list(weight.shape)}, "
+            f"{scale!r}, {groups}"
         )
     init = init or (lambda w: nn.init.kaiming_uniform_(w, a=math.sqrt(5)))
     a, b, kh, kw = weight.shape

@@ -8,6 +8,8 @@ all there is to its mathematics.
 import torch
 from torch import Tensor
 
+from aeup.ops.conv_shapes import int_pair
+
 __all__ = ["RELATIONSHIPS", "convolution_matrix"]
 
 
@@ -34,12 +36,14 @@ def convolution_matrix(
 
     Raises:
         ValueError: a `weight` that is not 4-D, or arguments that leave no output.
+        TypeError: another argument that is neither an int nor a pair of ints.
     """
     if weight.dim() != 4:
         raise ValueError(f"weight must be [C_out, C_in, kH, kW], got shape {list(weight.shape)}")
     channels_out, channels_in, *kernel = weight.shape
     axes = []
-    for i, k, s, p, d in zip(_pair(input_size), kernel, _pair(stride), _pair(padding), _pair(dilation), strict=True):
+    given = {"input_size": input_size, "stride": stride, "padding": padding, "dilation": dilation}
+    for (i, s, p, d), k in zip(zip(*(_pair(*item) for item in given.items()), strict=True), kernel, strict=True):
         if min(i, k, s, d) < 1 or p < 0:
             raise ValueError(
                 f"sizes, stride and dilation must be at least 1 and padding at least 0, got input_size {input_size}, "
@@ -48,14 +52,15 @@ def convolution_matrix(
         o = (i + 2 * p - d * (k - 1) - 1) // s + 1
         if o < 1:
             raise ValueError(f"no output: input_size {input_size} with padding {padding} is less than the kernel")
-        source = s * torch.arange(o).view(-1, 1) + d * torch.arange(k) - p  # [o, k]: the input index of each tap
+        first = s * torch.arange(o, device="cpu").view(-1, 1) - p
+        source = first + d * torch.arange(k, device="cpu")  # [o, k]: the input index of each tap
         out, tap = ((source >= 0) & (source < i)).nonzero(as_tuple=True)
         axes.append((i, o, out, tap, source[out, tap]))
     (ih, oh, y, kh, h), (iw, ow, x, kw, w) = axes
 
     # Every pair of an output and an input channel with every valid (row, row tap) and (column, column tap).
-    co = torch.arange(channels_out).view(-1, 1, 1, 1)
-    ci = torch.arange(channels_in).view(-1, 1, 1)
+    co = torch.arange(channels_out, device="cpu").view(-1, 1, 1, 1)
+    ci = torch.arange(channels_in, device="cpu").view(-1, 1, 1)
     y, kh, h = (t.view(-1, 1) for t in (y, kh, h))
     rows = (co * oh + y) * ow + x
     columns = (ci * ih + h) * iw + w
@@ -64,12 +69,17 @@ def convolution_matrix(
     values = weight[co, ci, kh, kw].flatten()
     size = (channels_out * oh * ow, channels_in * ih * iw)
     if sparse:
-        return torch.sparse_coo_tensor(torch.stack(index), values, size, check_invariants=False).coalesce()
+        return torch.sparse_coo_tensor(
+            torch.stack(index), values, size, device=weight.device, check_invariants=False
+        ).coalesce()
     return weight.new_zeros(size).index_put(tuple(index), values)
 
 
-def _pair(value) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else tuple(value)
+def _pair(name: str, value) -> tuple[int, int]:
+    pair = int_pair(value)
+    if pair is None:
+        raise TypeError(f"{name} must be an int or a pair of ints, got {value!r}")
+    return pair
 
 
 # --- the relationships: sizes along one axis. i and o are a convolution's sizes, i_ and o_ a transposed one's. ---

@@ -264,6 +264,25 @@ def test_a_counter_of_another_kind_is_torchs():
     assert ours.num_batches_tracked == 2 and aeup.explain(ours, x)[0].backend == "torch"
 
 
+def test_a_counter_on_another_device_is_followed():
+    for norm in (aeup.BatchNorm2d(4, momentum=None, device="meta"), nn.BatchNorm2d(4, momentum=None, device="meta")):
+        norm.num_batches_tracked = torch.tensor(1)
+        assert norm(torch.empty(2, 4, 3, 3, device="meta")).is_meta and norm.num_batches_tracked == 2
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("training", [True, False])
+def test_fx_traces_the_module(training, momentum):
+    ours, other = pair(training, momentum=momentum)
+    traced = torch.fx.symbolic_trace(ours)
+    for i in range(2):
+        x = torch.randn(3, 4, 2, 5, generator=torch.Generator().manual_seed(i))
+        torch.testing.assert_close(traced(x), other(x), rtol=1e-5, atol=1e-5)
+    state = other[0].state_dict()
+    torch.testing.assert_close(traced.state_dict(), {k: state[k] for k in traced.state_dict()})
+    assert ("num_batches_tracked" in traced.state_dict()) == training
+
+
 def test_module_is_a_batch_norm_that_copies_and_prints():
     ours, _ = pair()
     assert isinstance(ours, nn.BatchNorm2d) and "activation='silu'" in repr(ours)
@@ -366,6 +385,7 @@ WRONG = {
     "eps": lambda f: f(torch.randn(2, 3, 3, 3), ONES, ONES, training=True, eps=0.0),
     "eps below": lambda f: f(torch.randn(2, 3, 3, 3), ONES, ONES, eps=-1.0),
     "momentum": lambda f: f(torch.randn(2, 3, 3, 3), ONES, ONES, training=True, momentum=None),
+    "training": lambda f: f(torch.randn(2, 3, 3, 3), ONES, ONES, training=0),
     "integers": lambda f: f(torch.ones(2, 3, 3, 3, dtype=torch.int64), ONES, ONES),
     "no tensor": lambda f: f([1.0], ONES, ONES),
 }
@@ -374,6 +394,9 @@ WRONG = {
 @pytest.mark.parametrize("what", WRONG)
 def test_errors_are_torchs(native, what):
     found = []
+    aeup.batch_norm(torch.randn(2, 3, 3, 3), ONES, ONES)  # its plan is not what follows
+    if native is not None:
+        native.calls.clear()
     for fn in (F.batch_norm, aeup.batch_norm):
         with pytest.raises(Exception) as error:
             WRONG[what](fn)

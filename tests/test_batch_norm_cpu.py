@@ -80,6 +80,18 @@ def test_nan_and_infinity_stay_in_their_channel(activation):
             assert torch.isfinite(dx[:, others]).all() and (not training or torch.equal(dx.isnan(), dz.isnan()))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradient_at_nan_is_torchs(dtype):
+    for layout, activation in itertools.product(LAYOUTS, ("relu", "leaky_relu")):
+        x, mean, var, weight, bias = tensors((1, 20, 3, 5), dtype, layout)
+        bias[7] = torch.nan
+        given = (x, mean, var, weight, bias)
+        found = [results(f, given, torch.ones_like(x), activation=activation) for f in (aeup.batch_norm, by_torch)]
+        (*_, of_bias), (*_, expected) = found
+        assert expected[7].isfinite()
+        torch.testing.assert_close(of_bias[7], expected[7], rtol=2**-7, atol=0)
+
+
 def test_large_arguments_of_the_activations():
     z = torch.tensor([-1e30, -200.0, -90.0, -20.0, -5.0, -1e-3, -1e-20, 0.0, 1e-20, 1e-3, 5.0, 20.0, 90.0, 200.0, 1e30])
     x, ones, zeros = z.view(1, 1, 1, -1), torch.ones(1), torch.zeros(1)

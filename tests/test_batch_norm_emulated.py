@@ -115,6 +115,18 @@ def test_activations(emulated, activation):  # noqa: F811
             check(emulated, (2, 3, 2, 8), dtype, False, activation, training)
 
 
+@pytest.mark.parametrize("shape", [(1, 8, 3, 8), (1, 5, 3, 3)], ids=["vectors", "elements"])
+def test_gradient_at_nan_is_torchs(emulated, shape):  # noqa: F811
+    x, grad, weight, bias, mean, var = problem(shape, F32, False)
+    bias[2] = torch.nan
+    statistics = mean, 1 / (var + EPS).sqrt()
+    for activation in ("none", "relu", "leaky_relu"):
+        how = dict(channels_last=False, training=False, activation=activation, slope=SLOPE, blocks=3)
+        got = run_backward(emulated, x, grad, *statistics, weight, bias, **how)[2][2]
+        slope = SLOPE if activation == "leaky_relu" else 1.0
+        torch.testing.assert_close(got, grad[:, 2].sum() * slope, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("shape", [(2, 16, 3, 8), (2, 5, 3, 3)], ids=["vectors", "elements"])
 def test_relu_is_flat_for_an_infinite_gradient(emulated, shape):  # noqa: F811
     x, grad, weight, bias, mean, var = problem(shape, F32, False)

@@ -161,3 +161,11 @@ def test_refuses_an_input_that_is_no_float_tensor():
         checkerboard(resize(), input=torch.zeros(1, 4, 8, 8, dtype=torch.int64))
     with pytest.raises(ValueError, match="input is for a module only"):
         checkerboard(3, 2, input=torch.zeros(1))
+
+
+def test_default_device_is_not_looked_at():
+    module, image = resize(), torch.randn(1, 1, 16, 16)
+    calls = (lambda: checkerboard(3, 2), lambda: checkerboard(module), lambda: checkerboard(image, 2))
+    want = [str(call()) for call in calls]
+    with torch.device("meta"):
+        assert [str(call()) for call in calls] == want

@@ -1,6 +1,7 @@
 """aeup.conv_transpose2d and aeup.ConvTranspose2d against torch, float64 and the matrix of the convolution."""
 
 import copy
+import inspect
 import itertools
 import re
 from functools import partial
@@ -278,6 +279,21 @@ MODULES = (
     ((6, 4, (3, 2)), {"stride": (2, 1), "output_padding": (1, 0), "groups": 2, "bias": False, "dilation": (1, 2)}),
     ((6, 5, 3), {"dtype": torch.float64}),
 )
+
+
+def test_signatures_are_torchs_and_an_activation():
+    for name, args in (
+        ("ConvTranspose2d", (4, 6, 3)),
+        ("Conv2d", (4, 6, 3)),
+        ("BatchNorm2d", (4,)),
+        ("GroupNorm", (2, 4)),
+    ):
+        ours, theirs = getattr(aeup, name), getattr(torch.nn, name)
+        *same, last = inspect.signature(ours).parameters.values()
+        assert same == list(inspect.signature(theirs).parameters.values()) and last.name == "activation"
+        made = torch.nn.utils.skip_init(ours, *args, activation="relu")
+        assert type(made) is ours and made.activation == "relu" and made.weight.device.type == "cpu"
+        assert inspect.signature(type("Mine", (ours,), {"__init__": lambda self, c: None})).parameters.keys() == {"c"}
 
 
 @pytest.mark.parametrize(("args", "kwargs"), MODULES, ids=str)

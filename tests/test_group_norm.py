@@ -373,6 +373,27 @@ def test_empty(native, shape):
     assert x.grad.shape == shape
 
 
+def test_a_plan_keeps_apart_what_only_compares_equal(native):
+    x = torch.randn(2, 4, 3, 3)
+    for groups in (2, 1):
+        aeup.group_norm(x, groups)
+        with pytest.raises(TypeError, match="'num_groups'"):
+            aeup.group_norm(x, float(groups))
+
+
+@pytest.mark.parametrize("channels", [4, 300])
+def test_parameters_alone_are_trained(channels):
+    # torch's own gradient ends in a segmentation fault there, in channels-last
+    dense = torch.randn(2, channels, 6, 5).contiguous(memory_format=torch.channels_last)
+    for x in (dense, dense[..., 1:]):
+        layer, other = aeup.GroupNorm(2, channels), nn.GroupNorm(2, channels)
+        layer(x.clone().requires_grad_())  # its plan is another
+        layer(x).square().sum().backward()
+        other(x.contiguous()).square().sum().backward()
+        for ours, theirs in zip(layer.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-3)
+
+
 def test_a_negative_eps_is_torchs():
     x = torch.randn(2, 4, 3, 3)
     assert torch.equal(aeup.group_norm(x, 2, eps=-0.1), F.group_norm(x, 2, eps=-0.1))

@@ -7,7 +7,8 @@ import ctypes
 import pytest
 import test_fold_emulated as fold
 import torch
-from emulate.emulator_convolution import pointer
+from emulate.emulator import tensor
+from emulate.emulator_convolution import pointer, run
 from emulate.emulator_hopper import configured, hopper  # noqa: F401
 from test_conv_emulated import BF16, F16, F32, LAYOUTS, Case, check, check_convolution
 
@@ -81,6 +82,28 @@ def test_half(hopper, case):  # noqa: F811
 def test_float(hopper, case):  # noqa: F811
     check(hopper, case, F32, *LAYOUTS["nchw"], "hopper_float", activation="leaky_relu")
     check(hopper, case, F32, *LAYOUTS["nhwc"], "hopper_float", tf32=True)
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_what_reaches_nothing_may_be_infinite(hopper, layout):  # noqa: F811
+    """Outputs of phases without a tap are the bias, and inputs that reach no output have a gradient of 0."""
+    nhwc, last = LAYOUTS[layout]
+    for case, which in (
+        (Case((2, 16, 4, 5), 16, (2, 1), (3, 3), (0, 0), (2, 1)), FORWARD),
+        (Case((2, 16, 1, 1), 16, (1, 1), (3, 3), (1, 1), (2, 2)), INPUT_GRADIENT),
+    ):
+        x, w, b = tensor(case.input, BF16, nhwc), tensor(case.weight, BF16, last), tensor((1, 16, 1, 1), BF16).flatten()
+        x[:] = float("inf")
+        want = case.forward(x.double(), w.double(), b.double())
+        how = dict(shapes=(case.input, case.weight, tuple(want.shape)), channels_last=nhwc, weight_channels_last=last)
+        if which == FORWARD:
+            given = dict(input=x, bias=b, activation="none", slope=0.0)
+        else:
+            given, want = dict(grad=torch.full_like(want, float("inf")).to(BF16)), torch.zeros(case.input).double()
+        got = tensor(tuple(want.shape), BF16, nhwc, 0, fill=float("nan"))
+        run(hopper, "hopper", which, got, weight=w, **given, **how, **case.how)
+        free = want.isfinite()
+        assert free.any() and torch.equal(got[free].double(), want[free])
 
 
 @pytest.mark.parametrize("kernel, stride", [((8, 16), (4, 16)), ((8, 9), (1, 33)), ((8, 8), (1, 1))], ids=str)

@@ -106,3 +106,18 @@ def test_ambiguity_of_the_stride():
     with pytest.raises(ValueError, match="0 <= a < s"):
         RELATIONSHIPS[14](3, 3, 2, 1, 2)
     assert sorted(RELATIONSHIPS) == list(range(1, 15))
+
+
+def test_matrix_refuses_what_is_no_pair_of_ints_and_names_it():
+    w = torch.ones(1, 1, 2, 2)
+    for name, value in (("input_size", 5.0), ("stride", (1, 2, 3)), ("padding", (0, 0.5)), ("dilation", True)):
+        with pytest.raises(TypeError, match=f"{name} must be an int or a pair of ints, got "):
+            convolution_matrix(w, **{"input_size": 5, name: value})
+
+
+def test_matrix_is_on_the_weights_device_whatever_the_default():
+    w = torch.randn(2, 3, 2, 2)
+    want = convolution_matrix(w, 4, 2, 1)
+    with torch.device("meta"):
+        assert torch.equal(convolution_matrix(w, 4, 2, 1), want)
+        assert torch.equal(convolution_matrix(w, 4, 2, 1, sparse=True).to_dense(), want)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 
 import aeup
 
@@ -120,6 +121,50 @@ def test_bad_arguments(change, error, says):
         aeup.UpsampleConv2d(4, 6, 3, **change)
 
 
+HOOKED = {
+    "weight_norm": lambda conv: nn.utils.weight_norm(conv),
+    "spectral_norm": lambda conv: nn.utils.spectral_norm(conv),
+    "prune": lambda conv: prune.l1_unstructured(conv, "weight", 0.5),
+    "parametrised": lambda conv: nn.utils.parametrizations.weight_norm(conv),
+}
+
+
+@pytest.mark.parametrize("how", HOOKED)
+def test_a_weight_that_is_made_anew_in_each_call_is_trained(how):
+    ours, theirs, x = pair(*MODULES[0])
+    found = []
+    for module, conv in ((ours, ours.conv), (theirs, theirs[1])):
+        torch.manual_seed(0)
+        HOOKED[how](conv)
+        optimizer = torch.optim.SGD(module.parameters(), 0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            module(x).square().mean().backward()
+            optimizer.step()
+        found.append([module(x), *conv.parameters()])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+    backends = [c.backend for c in aeup.explain(ours, x)]
+    assert (backends[0] == "torch") == (how != "parametrised")
+
+
+def test_a_convolution_in_the_place_of_ours_runs():
+    ours, _, x = pair(*MODULES[0])
+    expected, weight = ours(x), ours.conv.weight
+    for cls in (aeup.Conv2d, nn.Conv2d):
+        ours.conv.__class__ = cls  # as aeup.swap does
+        assert torch.equal(ours(x), expected)
+    ours.conv = aeup.Conv2d(4, 6, 3, padding=1, activation="relu")
+    ours.conv.weight, ours.conv.bias = weight, None
+    torch.testing.assert_close(ours(x), F.conv2d(F.interpolate(x, scale_factor=2), weight, None, 1, 1).relu())
+    ours.conv = nn.Sequential(nn.Conv2d(4, 6, 3), nn.Tanh())
+    torch.testing.assert_close(ours(x), ours.conv(F.interpolate(x, scale_factor=2)))
+    seen = []
+    ours.conv = nn.Conv2d(4, 6, 3)
+    ours.conv.register_forward_hook(lambda conv, given, y: seen.append((given[0].shape, y.shape)))
+    ours(x)
+    assert seen == [((2, 4, 10, 8), (2, 6, 8, 6))]
+
+
 # --- the transposed convolution ---
 
 
@@ -179,7 +224,8 @@ def test_icnr_starts_a_sub_pixel_convolution_as_a_convolution_and_nearest():
 def test_icnr_refuses():
     for weight, scale, kwargs, says in (
         (torch.zeros(4, 6, 3), 2, {}, "weight must be 4-D"),
-        (torch.zeros(4, 6, 3, 3), 0, {}, "scale and groups at least 1"),
+        (torch.zeros(4, 6, 3, 3), 0, {}, "scale a whole number"),
+        (torch.zeros(4, 6, 3, 3), 2.0, {}, "scale a whole number .* got .4, 6, 3, 3., 2.0, 1"),
         (torch.zeros(4, 6, 1, 3), 2, {}, "kernels of at least scale=2"),
         (torch.zeros(4, 6, 3, 3), 2, {"groups": 3}, "groups=3 divides"),
         (torch.zeros(6, 4, 3, 3), 2, {"transposed": False}, "a multiple of scale.2 . groups = 4 output channels"),

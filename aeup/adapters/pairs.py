@@ -13,6 +13,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from aeup import functional
 from aeup import nn as aeup_nn
 from aeup.functional import Activation, conv_transpose2d, interpolate
+from aeup.nn import watched
 from aeup.ops.interpolate import MODES
 
 TRANSPOSED = (nn.ConvTranspose2d, aeup_nn.ConvTranspose2d)
@@ -53,15 +54,6 @@ class Resampling(NamedTuple):
     align_corners: bool | None = None
     recompute_scale_factor: bool | None = None
     antialias: bool = False
-
-
-def watched(module: nn.Module) -> str | None:
-    """Why a module must be called as it is: something sees its inputs or outputs, or runs in its place; or None."""
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return "has hooks, which would see other values"
-    if "forward" in module.__dict__:
-        return "has a forward of its own, set on the instance"
-    return "is compiled by itself" if module._compiled_call_impl is not None else None
 
 
 def _kind(module: nn.Module, kinds: tuple[type, ...]) -> str:

@@ -184,8 +184,9 @@ def _unserved(x, weight, bias, running_mean, running_var, norm: Norm, counter: T
         return "the counter of batches must be one int64 beside the input"
     if norm.training and n * h * w == 1:
         return "one value per channel has no variance"
-    good = isinstance(norm.momentum, float) and (norm.eps > 0 or (norm.eps == 0 and not norm.training))
-    return None if good else "momentum must be a float, and eps positive (outside training, at least 0)"
+    good = isinstance(norm.training, bool) and isinstance(norm.momentum, float)
+    good = good and (norm.eps > 0 or (norm.eps == 0 and not norm.training))
+    return None if good else "training must be a bool, momentum a float, eps positive (outside training, at least 0)"
 
 
 def batch_norm(x, weight, bias, running_mean, running_var, counter, norm: Norm) -> Tensor:
@@ -196,7 +197,8 @@ def batch_norm(x, weight, bias, running_mean, running_var, counter, norm: Norm) 
     if not (traced(x, weight, bias) or transforms_active() or forward_ad._current_level >= 0):
         needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:3])
         by_channel = *map(place, args[1:5]), x.device, counter is None or (counter.device, counter.dtype)
-        key = needs_grad, get_backend(), norm, x.shape, x.stride(), x.dtype, by_channel, x.layout
+        of_x = x.shape, x.stride(), x.dtype, x.layout
+        key = needs_grad, get_backend(), norm, type(norm.training), *of_x, by_channel
         plan = PLANS.get(key)
         if plan is not None:
             return plan.run(args)

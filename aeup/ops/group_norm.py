@@ -106,7 +106,7 @@ def _compiled(device: str) -> Kernel:
         return _refusal(device, x, weight=weight, bias=bias)
 
     def yields(x, weight, bias, norm) -> str | None:
-        return _as_fast(x, norm) if device == "cpu" else None
+        return _as_fast(x, norm) if device == "cpu" and not _torch_crashes(x, weight, bias) else None
 
     return Kernel(
         _compiled_run, refuses, lambda device, *args: "statistics, then the output" + instructions(device), yields
@@ -131,6 +131,13 @@ def _as_fast(x: Tensor, norm: Norm) -> str | None:
         return f"without an activation torch is as fast in NCHW, and from {_WIDE} channels on"
     least = _LEAST_LAST if last else _LEAST_16_BIT if x.itemsize == 2 else _LEAST
     return f"torch is as fast with fewer than {least} pixels" if x.shape[2] * x.shape[3] < least else None
+
+
+def _torch_crashes(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether torch's own gradient for a CPU would end in a segmentation fault (2.13): channels-last, and the gradient
+    of a parameter is asked for, the input's is not."""
+    trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (weight, bias))
+    return trained and not x.requires_grad and suggest_memory_format(x) is torch.channels_last
 
 
 _NO_TRITON = Kernel(None, lambda *args: "there is no Triton kernel for group norm")
@@ -185,7 +192,8 @@ def group_norm(x, weight, bias, norm: Norm) -> Tensor:
     key = None
     if not (traced(x, weight, bias) or transforms_active() or forward_ad._current_level >= 0):
         needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:3])
-        key = needs_grad, get_backend(), norm, x.shape, x.stride(), x.dtype, x.device, x.layout, *map(place, args[1:3])
+        of_x = x.shape, x.stride(), x.dtype, x.device, x.layout, x.requires_grad
+        key = needs_grad, get_backend(), norm, type(norm.groups), *of_x, *map(place, args[1:3])
         plan = PLANS.get(key)
         if plan is not None:
             return plan.run(args)

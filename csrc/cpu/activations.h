@@ -41,7 +41,7 @@ struct LeakyRelu {
   }
   template <class V>
   V gradient(V z, V grad) const {
-    return z <= S(0) ? grad * slope : grad;
+    return z > S(0) ? grad : grad * slope;
   }
 };
 template <class S>

@@ -268,9 +268,9 @@ const char* launch_forward(const Convolution& c, const Choice& choice, const voi
           p.tap[taps++] = {weight, 0, ah.shift[i] - eh.of[r], aw.shift[j] - ew.of[q]};
         }
       g.taps = int16_t(taps - g.first_tap);
-      if (g.taps == 0) g.first_tap = kGemmTaps - 1, g.taps = 1;
+      if (g.taps == 0) g.first_tap = kNoTap, g.taps = 1;
     }
-  p.tap[kGemmTaps - 1] = {kNoWeight, 0, 0, 0};  // its tile is zero
+  p.tap[kNoTap] = {kNoWeight, 0, 0, 0};
   // The kernel indices of every phase are equally far apart.
   for (int m = 0; m < 4; ++m)
     p.add[m] =
@@ -329,7 +329,6 @@ const char* launch_input_gradient(const Convolution& c, const void* grad, const 
       const int fh = floor_div(h, c.sh), fw = floor_div(width, c.sw), a = h - fh * c.sh, b = width - fw * c.sw;
       if (a < c.oh && b < c.ow) p.tap[taps++] = {i * c.kw + j, a * c.sw + b, fh, fw};
     }
-  if (taps == 0) p.tap[taps++] = {kNoWeight, 0, 0, 0};  // nothing reaches the output: zeros
   {
     const int64_t size[3] = {co8, c.ci, int64_t(c.kh) * c.kw}, stride[2] = {w_channel, w_tap};
     const int weights[3] = {64, bn < 64 ? 64 : bn, 1};
@@ -337,6 +336,7 @@ const char* launch_input_gradient(const Convolution& c, const void* grad, const 
   }
   p.groups = 1, p.merged = 1;
   p.group[0] = {0, int16_t(taps), 0, 0};
+  if (taps == 0) p.group[0] = {kNoTap, 1, 0, 0}, p.tap[kNoTap] = {kNoWeight, 0, 0, 0};  // nothing reaches the output
   const bool partial = has_partial(best.splits, c.activation);
   p.out = out, p.bias = partial ? nullptr : c.bias, p.n = c.n;
   p.splits = best.splits;

@@ -27,7 +27,8 @@ struct GemmGroup {
   int16_t first_tap, taps;
   int16_t oh, ow;  // pixel (uh, uw) is output (stride_h * uh + oh, stride_w * uw + ow)
 };
-constexpr int kNoWeight = 0xfff;  // outside of every weight's map: zeros
+// The only tap of a group that has none: weight and source are outside of their maps, and so zeros.
+constexpr int kNoTap = kGemmTaps - 1, kNoWeight = 0xfff, kNoRow = 1 << 30;
 
 // They travel with each launch, so they are made small: no map and no group that the kernel has no use for.
 template <int kMaps, int kGroups>
@@ -187,6 +188,7 @@ __global__ void __launch_bounds__(GemmShape<BM, BN>::kThreads, 1) hopper_gemm(co
     for (int index = warp < 2 && lane == 0 ? blockIdx.x : p.tiles; index < p.tiles; index += gridDim.x) {
       const GemmTile t = gemm_tile(p, index);
       const int first = p.group[t.group].first_tap, taps = p.group[t.group].taps, c0 = t.block * columns;
+      const int top = first == kNoTap ? kNoRow : t.h;
       const GemmSteps steps = gemm_steps(p, t);
       int chunk = steps.first / taps * 64, i = first + steps.first % taps;
       for (int step = steps.first; step < steps.end; ++step) {
@@ -196,7 +198,7 @@ __global__ void __launch_bounds__(GemmShape<BM, BN>::kThreads, 1) hopper_gemm(co
         barrier_wait(empty + stage, parity);
         if (warp == 0) {
           barrier_expect(full + stage, p.source_bytes);
-          copy_box(a, &p.source[kForward ? 0 : tap.map()], full + stage, chunk, t.w + tap.w(), t.h + tap.h(), t.n);
+          copy_box(a, &p.source[kForward ? 0 : tap.map()], full + stage, chunk, t.w + tap.w(), top + tap.h(), t.n);
         } else {
           barrier_expect(full + stage, S::kBBytes);
           if constexpr (kForward) {

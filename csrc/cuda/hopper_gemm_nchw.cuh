@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(384, 1) hopper_gemm_nchw(const __grid_constant
       const GemmTile t = gemm_tile(p, index);
       for (int phase = 0; phase < kPhases; ++phase) {
         const GemmGroup& g = p.group[t.group * kPhases + phase];
-        const int first = g.first_tap, last = first + g.taps;
+        const int first = g.first_tap, last = first + g.taps, top = first == kNoTap ? kNoRow : t.h;
         for (int chunk = 0; chunk < p.chunks * 64; chunk += 64) {
           for (int i = first; i < last; ++i) {
             const GemmTap tap = p.tap[i];
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(384, 1) hopper_gemm_nchw(const __grid_constant
             if (warp == 0) {
               barrier_expect(full + stage, p.source_bytes);
               copy_box(a + S::kABytes, &p.source[kForward ? 0 : tap.map()], full + stage, chunk, t.w + tap.w(),
-                       t.h + tap.h(), t.n);
+                       top + tap.h(), t.n);
             } else {
               barrier_expect(full + stage, S::kABytes);
               if constexpr (kForward) {

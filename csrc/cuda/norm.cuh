@@ -268,13 +268,18 @@ AEUP_DEV void activate_all(const Norm<T>& p, Acc<T> (&z)[V]) {
     for (int i = 0; i < V; ++i) z[i] = activate(z[i], p.activation, p.slope);
   }
 }
-// grad times the derivative at z.
+// grad times the derivative at z; where that is NaN, relu's is 1 and leaky_relu's the slope, as torch's.
 template <bool kPiecewise, class T, int V>
 AEUP_DEV void before_activation(const Norm<T>& p, Acc<T> (&grad)[V], const Acc<T> (&z)[V]) {
   using S = Acc<T>;
   if constexpr (kPiecewise) {
+    if (p.slope == S(0)) {
 #pragma unroll
-    for (int i = 0; i < V; ++i) grad[i] = z[i] <= S(0) ? (p.slope == S(0) ? S(0) : grad[i] * p.slope) : grad[i];
+      for (int i = 0; i < V; ++i) grad[i] = z[i] <= S(0) ? S(0) : grad[i];
+    } else {
+#pragma unroll
+      for (int i = 0; i < V; ++i) grad[i] = z[i] > S(0) ? grad[i] : grad[i] * p.slope;
+    }
   } else if (p.activation == Activation::silu) {
 #pragma unroll
     for (int i = 0; i < V; ++i) {

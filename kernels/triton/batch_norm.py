@@ -229,8 +229,8 @@ def batch_norm(
     tracks, counts = training and running_mean is not None, training and counter is not None
     plan = prepared(forward_plan, p, tracks, counts, float(momentum), float(eps))
     run(*plan, x, {name: x if t is None else t for name, t in tensors.items()})
-    if training:
-        torch.autograd.graph.increment_version([t for t in in_place.values() if t is not None])
+    if counts:  # not of the running statistics, as torch: a norm may be in a graph more than once
+        torch.autograd.graph.increment_version(counter)
     return y, mean, invstd
 
 
