@@ -73,6 +73,11 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
+def out_of_memory(e: BaseException) -> bool:
+    """torch's CPU allocator says it by a plain RuntimeError, numpy by a MemoryError."""
+    return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(e)
+
+
 @main.command()
 def info() -> None:
     """Versions, the device, and which backends are there or why they are not."""

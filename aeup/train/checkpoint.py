@@ -160,5 +160,6 @@ def _load_weights(path: Path, model: nn.Module, tensors: dict[str, torch.Tensor]
         raise CheckpointError(f"{path}: the weights do not fit the {model.name} model ({one_line(e)})") from e
 
 
-def one_line(e: Exception) -> str:
-    return " ".join(str(e).split()) or type(e).__name__
+def one_line(e: BaseException) -> str:
+    """Its text, without the frames of C++ that torch adds to some."""
+    return " ".join(str(e).split("\nException raised from ")[0].split()) or type(e).__name__

@@ -203,9 +203,14 @@ class Run:
                 hint = "; --image-size resamples them" if key == "image_size" else ""
                 raise ConfigError(f"{key}={given} of the model, but the images of {config.data} have {value}{hint}")
         try:
-            return build_model(config.model, {**config.options, **shape})
+            model = build_model(config.model, {**config.options, **shape})
         except (TypeError, ValueError) as e:
-            raise ConfigError(f"{config.model}: {e}") from e
+            raise ConfigError(f"{config.model}: {one_line(e)}") from e
+        for target in (self.train.target, self.validation.target):  # another class would be an index out of bounds
+            if target is not None and (most := int(target.max())) >= model.config.classes:
+                allowed = f"classes={model.config.classes} of the model allow labels below that"
+                raise ConfigError(f"{allowed}, but those of {config.data} go up to {most}")
+        return model
 
     @property
     def epoch(self) -> int:
