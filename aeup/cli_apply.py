@@ -386,9 +386,9 @@ def evaluate_command(
             "seed": seed,
             "figures": {name: _json(figure) for name, figure in figures.items()},
         }
+        click.echo(f"{opened.model.name}, {n:,} image{'s'[n == 1 :]} of {images.source} ({images.part})")
+        click.echo("\n".join(table(figures, samples)))
         write_atomic(out, (json.dumps(about, indent=2, allow_nan=False) + "\n").encode())
-    click.echo(f"{opened.model.name}, {n:,} images of {images.source} ({images.part})")
-    click.echo("\n".join(table(figures, samples)))
     click.echo(out)
 
 

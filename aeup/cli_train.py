@@ -16,7 +16,7 @@ from aeup.decoder import UPSAMPLE
 from aeup.models import MODELS
 from aeup.train import CheckpointError, ConfigError, Interrupted, TrainingError, connect, make_config
 from aeup.train import train as run
-from aeup.train.checkpoint import load_state, one_line
+from aeup.train.checkpoint import load_last, one_line
 from aeup.train.config import CHANGEABLE, SCHEDULES, parse_set
 from aeup.train.distributed import World
 from aeup.train.progress import describe
@@ -90,7 +90,7 @@ def train(
             out = resume or out or Path("runs") / f"{model}-{time.strftime('%Y%m%d-%H%M%S')}"
             out = world.from_first(out)
             if resume is not None:
-                stored = load_state(resume / "last.pt")["model"]
+                stored = load_last(resume)["model"]
                 if stored != model:
                     raise click.UsageError(f"{resume} holds a run of {stored!r}, not {model!r}")
                 rows = run(out=out, resume=True, device=world.device, **given)

@@ -140,7 +140,13 @@ def test_failures_are_exit_code_1(tmp_path, data, monkeypatch):
     assert result.exit_code == 2 and "holds a run of 'vae', not 'ae'" in result.output
     (run / "last.pt").write_bytes((run / "last.pt").read_bytes()[:1000])
     result = aeup("train", "vae", "--resume", run)
-    assert result.exit_code == 1 and "last.pt: not a whole checkpoint" in result.output
+    assert result.exit_code == 1 and "last.pt: not a whole checkpoint" in result.output and "copy" not in result.output
+    assert aeup("train", "vae", "--data", data, "--epochs", 1, "--out", tmp_path / "other").exit_code == 0
+    (tmp_path / "other" / "last.pt").unlink()
+    result = aeup("train", "vae", "--resume", tmp_path / "other", "--epochs", 2)
+    assert result.exit_code == 1 and "best.pt over it to go on from epoch 1" in result.output
+    (tmp_path / "other" / "best.pt").rename(tmp_path / "other" / "last.pt")
+    assert aeup("train", "vae", "--resume", tmp_path / "other", "--epochs", 2).exit_code == 0
 
 
 def test_ctrl_c_is_exit_code_130_and_says_how_to_go_on(tmp_path, data, monkeypatch):
