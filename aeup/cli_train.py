@@ -98,7 +98,8 @@ def train(
                 rows = run(_make(model, config, sets, given), out, device=world.device)
     except Interrupted as e:
         if world.first:
-            click.echo(f"{e}\ncontinue with: aeup train {model} --resume {out}", err=True)
+            start = "aeup" if world.size == 1 else f"torchrun --nproc-per-node={world.size} -m aeup"
+            click.echo(f"{e}\ncontinue with: {start} train {model} --resume {out}", err=True)
         ctx.exit(128 + e.signum)
     except (DataError, CheckpointError, TrainingError, aeup.BackendError) as e:
         raise _failure(world, str(e)) from e

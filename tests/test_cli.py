@@ -182,8 +182,23 @@ def test_info_names_versions_devices_and_backends():
     result = aeup("info")
     assert result.exit_code == 0
     assert torch.__version__ in result.output and "cuda" in result.output and "-> " in result.output
-    for name in ("cuda", "triton", "cpu", "torch"):
+    for name in ("cuda", "triton", "cpu", "torch", "tuned table of this cpu: "):
         assert name in result.output
+
+
+def test_info_says_what_the_extension_is_built_for(monkeypatch, tmp_path):
+    found = {"torch": "2.10", "torch_min": "2.10", "cuda": ["8.0", "9.0"], "isas": ["baseline"], "machine": "x86_64"}
+    monkeypatch.setattr("aeup._native.missing", None)
+    monkeypatch.setattr("aeup._native.build_info", lambda: found)
+    monkeypatch.setenv("AEUP_TUNED", "")
+    assert "x86_64 kernels baseline; CUDA kernels for sm_80, sm_90\n" in aeup("info").output
+    found["cuda"] = None
+    result = aeup("info")
+    assert "no CUDA kernels (nvcc was not found" in result.output and "this cpu: turned off" in result.output
+    monkeypatch.setattr("aeup._native.missing", "it cannot be loaded")
+    monkeypatch.setenv("AEUP_TUNED", str(tmp_path))
+    result = aeup("info")
+    assert "extension: it cannot be loaded\n" in result.output and "this cpu: none of your own" in result.output
 
 
 def test_a_full_disk_names_the_file_and_keeps_the_checkpoint(tmp_path, data, monkeypatch):
