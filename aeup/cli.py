@@ -16,6 +16,7 @@ except ImportError as e:
 import torch
 
 import aeup
+from aeup import _native, tuned
 
 # Name -> the module that holds the command, and the extra that the module needs.
 LAZY = {
@@ -73,13 +74,19 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
+def out_of_memory(e: BaseException) -> bool:
+    """torch's CPU allocator says it by a plain RuntimeError, numpy by a MemoryError."""
+    return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(e)
+
+
 @main.command()
 def info() -> None:
     """Versions, the device, and which backends are there or why they are not."""
     click.echo(f"aeup {aeup.__version__}, Python {platform.python_version()}, torch {torch.__version__}")
     for package in ("triton", "numpy"):
         click.echo(f"{package}: {_version(package)}")
-    click.echo(f"cpu: {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
+    click.echo(f"extension: {_native.missing or _built()}")
+    click.echo(f"cpu: {tuned.device_name(torch.device('cpu'))}")
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             p = torch.cuda.get_device_properties(i)
@@ -88,9 +95,21 @@ def info() -> None:
         click.echo("cuda: no device")
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     for device in devices:
+        path = tuned.path_of(tuned.device_name(torch.device(device)))
+        there = path is not None and path.is_file()
+        note = path if there else "turned off" if path is None else "none of your own; aeup bench --tune makes it"
+        click.echo(f"tuned table of this {device}: {note}")
+    for device in devices:
         x = torch.empty(1, 1, 2, 2, device=device)
         click.echo(f"\na nearest x2 upsampling on {device}:")
         click.echo(str(aeup.explain(aeup.interpolate, x, scale_factor=2.0)))
+
+
+def _built() -> str:
+    found = _native.build_info()
+    cuda = ", ".join(f"sm_{a.replace('.', '')}" for a in found["cuda"] or ())
+    kernels = f"CUDA kernels for {cuda}" if cuda else "no CUDA kernels (nvcc was not found, or AEUP_CUDA=0)"
+    return f"built with torch {found['torch']}; {found['machine']} kernels {', '.join(found['isas'])}; {kernels}"
 
 
 def _version(package: str) -> str:

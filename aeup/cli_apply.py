@@ -24,14 +24,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 import aeup
-from aeup.cli import pick_device
+from aeup.cli import out_of_memory, pick_device
 from aeup.data import Batches, DataError, Folder, load
 from aeup.data.batches import resample
 from aeup.data.read import read_path
 from aeup.evaluate import Figure, check_images, evaluate
 from aeup.train import CheckpointError, load_model, pictures
-from aeup.train.checkpoint import write_atomic
+from aeup.train.checkpoint import one_line, write_atomic
 from aeup.train.latent import encode, interpolations, manifold, need_latents, traversals, write_scatter
+from aeup.train.progress import title
 
 PARTS = ("train", "validation", "all")
 ROWS = 16  # dimensions that a picture of traversals shows
@@ -128,10 +129,18 @@ def _threads(ctx: click.Context, parameter: click.Parameter, threads: int | None
         torch.set_num_threads(threads)
 
 
+def _seed(ctx: click.Context, parameter: click.Parameter, seed: int) -> int:
+    if seed >= 2**63:
+        raise click.BadParameter(f"must be below 2**63, got {seed}")
+    return seed
+
+
 def common(command: Callable) -> Callable:
     for option in (
         click.option("--force", is_flag=True, help="Overwrite what is there."),
-        click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of noise and samples."),
+        click.option(
+            "--seed", type=click.IntRange(0), default=0, show_default=True, callback=_seed, help="Of noise and samples."
+        ),
         click.option("--threads", type=click.IntRange(1), expose_value=False, callback=_threads, help="CPU threads."),
         click.option(
             "--device",
@@ -160,12 +169,14 @@ def failures(device: torch.device) -> Iterator[None]:
     try:
         with torch.no_grad():
             yield
-    except torch.OutOfMemoryError as e:
-        raise click.ClickException(f"out of memory on {device} ({e})") from e
     except (DataError, CheckpointError, aeup.BackendError, ValueError) as e:
         raise click.ClickException(str(e)) from e
     except OSError as e:
         raise click.ClickException(f"{e.filename}: {e.strerror}" if e.filename else str(e)) from e
+    except (RuntimeError, MemoryError) as e:
+        if not out_of_memory(e):
+            raise
+        raise click.ClickException(f"out of memory on {device} ({one_line(e)})") from e
 
 
 def _free(path: Path, force: bool) -> Path:
@@ -375,9 +386,9 @@ def evaluate_command(
             "seed": seed,
             "figures": {name: _json(figure) for name, figure in figures.items()},
         }
+        click.echo(f"{opened.model.name}, {n:,} image{'s'[n == 1 :]} of {images.source} ({images.part})")
+        click.echo("\n".join(table(figures, samples)))
         write_atomic(out, (json.dumps(about, indent=2, allow_nan=False) + "\n").encode())
-    click.echo(f"{opened.model.name}, {n:,} images of {images.source} ({images.part})")
-    click.echo("\n".join(table(figures, samples)))
     click.echo(out)
 
 
@@ -391,8 +402,7 @@ def _json(figure: Figure) -> dict[str, Any]:
 
 def table(figures: dict[str, Figure], samples: int) -> list[str]:
     """One line a figure: name, mean, standard error, unit; or why it is missing."""
-    upper = {word.lower(): word for word in ("PSNR", "SSIM", "KL", "ELBO", "IU")}
-    titles = {name: " ".join(upper.get(word, word) for word in name.split("_")) for name in figures}
+    titles = {name: title(name) for name in figures}
     titles["log_likelihood"] = f"log p(x), {samples} samples"
     width = max(len(titles[name]) for name in figures)
     lines = []

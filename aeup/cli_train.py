@@ -10,16 +10,16 @@ import click
 import torch
 
 import aeup
-from aeup.cli import pick_device
+from aeup.cli import out_of_memory, pick_device
 from aeup.data import DataError
 from aeup.decoder import UPSAMPLE
 from aeup.models import MODELS
 from aeup.train import CheckpointError, ConfigError, Interrupted, TrainingError, connect, make_config
 from aeup.train import train as run
-from aeup.train.checkpoint import load_state
+from aeup.train.checkpoint import load_last, one_line
 from aeup.train.config import CHANGEABLE, SCHEDULES, parse_set
 from aeup.train.distributed import World
-from aeup.train.progress import short
+from aeup.train.progress import describe
 
 MODEL_OPTIONS = {"latent": "latent_dim", "upsample": "upsample"}  # option -> field of the model's configuration
 
@@ -90,7 +90,7 @@ def train(
             out = resume or out or Path("runs") / f"{model}-{time.strftime('%Y%m%d-%H%M%S')}"
             out = world.from_first(out)
             if resume is not None:
-                stored = load_state(resume / "last.pt")["model"]
+                stored = load_last(resume)["model"]
                 if stored != model:
                     raise click.UsageError(f"{resume} holds a run of {stored!r}, not {model!r}")
                 rows = run(out=out, resume=True, device=world.device, **given)
@@ -98,19 +98,22 @@ def train(
                 rows = run(_make(model, config, sets, given), out, device=world.device)
     except Interrupted as e:
         if world.first:
-            click.echo(f"{e}\ncontinue with: aeup train {model} --resume {out}", err=True)
+            start = "aeup" if world.size == 1 else f"torchrun --nproc-per-node={world.size} -m aeup"
+            click.echo(f"{e}\ncontinue with: {start} train {model} --resume {out}", err=True)
         ctx.exit(128 + e.signum)
-    except torch.OutOfMemoryError as e:
-        raise _failure(world, f"out of memory on {world.device}: try a lower --batch-size ({e})") from e
     except (DataError, CheckpointError, TrainingError, aeup.BackendError) as e:
         raise _failure(world, str(e)) from e
     except ConfigError as e:
         raise click.UsageError(str(e)) from e
     except OSError as e:
         raise _failure(world, f"{e.filename}: {e.strerror}" if e.filename else str(e)) from e
+    except (RuntimeError, MemoryError) as e:
+        if not out_of_memory(e):
+            raise
+        hint = "try a lower --batch-size or a smaller model"
+        raise _failure(world, f"out of memory on {world.device}: {hint} ({one_line(e)})") from e
     if world.first:
-        last = ", ".join(f"{k} {short(v)}" for k, v in rows[-1]["validation"].items())
-        click.echo(f"validation: {last}; pictures and checkpoints: {out}")
+        click.echo(f"validation: {describe(rows[-1]['validation'])}; pictures and checkpoints: {out}")
 
 
 def _make(model: str, config: Path | None, sets: tuple[str, ...], given: dict[str, Any]) -> Any:

@@ -371,7 +371,9 @@ def test_a_full_disk_and_a_damaged_configuration_are_one_line(run, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", full)
         result = aeup_("sample", folder)
+        figures = aeup_("evaluate", folder, "-n", 1, "--samples", 0)
     assert result.exit_code == 1 and "No space left on device" in result.output
+    assert figures.exit_code == 1 and "vae, 1 image of" in figures.output and "negative ELBO" in figures.output
     assert not [p for p in folder.rglob("*") if p.is_file() and p.parent != folder]
     (folder / "config.json").write_text("[]")
     result = aeup_("sample", folder)

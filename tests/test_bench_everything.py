@@ -53,11 +53,11 @@ def test_what_the_time_does_not_reach_is_named(tmp_path, monkeypatch):
 
     def slow(case, direction, *rest):
         reached.append(f"{case.id}/{direction}")
-        time.sleep(0.02)
+        time.sleep(0.1)
         return harness.Row(case, direction, "aeup", {"aeup": harness.Result("error", "slow")})
 
     monkeypatch.setattr(harness, "measure", slow)
-    result = invoke(tmp_path, "--minutes", "0.001")
+    result = invoke(tmp_path, "--minutes", "0.02")
     run = json.loads((tmp_path / "interpolate-cpu.json").read_text())
     left = [row["id"] for row in run["rows"] if row["status"] == "missing"]
     assert 0 < len(left) < 16 and run["stopped_by"] is None and set(left).isdisjoint(reached)

@@ -167,7 +167,14 @@ def test_several_runs_and_a_run_with_nothing():
     other = {**run_of(ENVIRONMENT), "kind": "interpolate"}
     nothing = {**run_of(), "rows": [], "kind": "conv_transpose2d"}
     found = Reader(page.make_page([run_of(), other, nothing]))
-    assert found.ids == ["upsample_conv2d", "interpolate", "conv_transpose2d", "environment"]
+    assert found.ids == ["upsample_conv2d", "interpolate", "conv_transpose2d", "environment"] and not found.fetched
+    heads, *lines = found.tables[0]
+    titles = [f"{name} on {where}" for name, where in zip(found.ids, ("a <GPU>", "a CPU", "a <GPU>"), strict=False)]
+    assert [line[0] for line in lines] == titles
+    rows, lose, wrong, commit = (heads.index(name) for name in ("rows", "lose", "wrong", "commit"))
+    shown = [[line[i] for i in (rows, lose, wrong, commit)] for line in lines]
+    assert shown == [["2", "1", "2", "abc"], ["2", "1", "2", "abc"], ["0", "0", "0", "abc"]]
+    assert lines[0][heads.index("x best")] and not lines[2][heads.index("x best")]
 
 
 def test_command_writes_pages(tmp_path, monkeypatch):

@@ -63,7 +63,8 @@ def test_train_and_resume(tmp_path, data):
     options = ["--data", data, "--epochs", 2, "--batch-size", 8, "--latent", 3, "--upsample", "bilinear", "--seed", 4]
     result = aeup("train", "vae", *options, "--lr", 0.002, "--device", "cpu", "--out", run)
     assert result.exit_code == 0, result.output
-    assert "epoch 2/2" in result.output and str(run) in result.output
+    assert "epoch 2/2  train: -ELBO " in result.output and "\nvalidation: -ELBO " in result.output
+    assert str(run) in result.output
     state = load_state(run / "last.pt")
     assert state["train"]["seed"] == 4 and state["train"]["lr"] == 0.002 and state["train"]["batch_size"] == 8
     assert state["model_config"]["latent_dim"] == 3 and state["model_config"]["upsample"] == "bilinear"
@@ -99,12 +100,16 @@ def test_the_default_folder_is_named_after_the_model_and_the_time(tmp_path, data
         (["train", "vae", "--epochs", "2", "--set", "steps=3"], "epochs or steps, not both"),
         (["train", "vae", "--set", "hidden"], "--set wants KEY=VALUE, got 'hidden'"),
         (["train", "vae", "--set", "hiden=3"], "vae has no option 'hiden'; it has image_size, "),
-        (["train", "vae", "--set", "hidden=many"], "hidden must be int, got 'many'"),
+        (["train", "vae", "--set", "hidden=many"], "hidden must be a whole number, got 'many'"),
         (["train", "vae", "--config", "absent.toml"], "absent.toml: cannot be read"),
         (["train", "dcgan", "--latent", "0"], "--latent"),
         (["train", "fcn", "--latent", "3"], "has no field 'latent_dim'; it has "),
         (["train", "vae", "--graph", "--device", "cpu"], "graph needs a CUDA device"),
-        (["train", "vae", "--set", "image_size=9"], "image_size must be tuple[int, int] | None, got '9'"),
+        (["train", "vae", "--set", "image_size=9"], "image_size must be 2 whole numbers (such as 1,2) or none"),
+        (["train", "vae", "--seed", str(2**63)], "seed must be at least 0 and below 2**63"),
+        (["sample", "run", "--seed", str(2**63)], "--seed': must be below 2**63"),
+        (["train", "fcn", "--set", "classes=3"], "classes=3 of the model allow labels below that"),
+        (["train", "vae", "--set", f"latent_dim={10**30}", "--data", "{data}"], "Overflow when unpacking long long\n"),
         (["train", "vae", "--config", "{toml}", "--data", "{data}"], "image_size=(9, 9) of the model, but the images"),
         (["train", "vae", "--set", "in_channels=3", "--data", "{data}"], "in_channels=3 of the model, but the images"),
         (["train", "vae", "--memory", "-1"], "--memory"),
@@ -121,6 +126,8 @@ def test_failures_are_exit_code_1(tmp_path, data, monkeypatch):
     run = tmp_path / "run"
     for args, says in [
         (["--data", tmp_path / "nowhere"], "nowhere: no such file or folder"),
+        (["--data", ""], "data is empty"),
+        (["--data", data, "--set", f"latent_dim={10**12}"], "out of memory on cpu: try a lower --batch-size"),
         (["--data", data, "--out", tmp_path], "is not empty"),
         (["--resume", run], "last.pt: cannot be read"),
         (["--data", data, "--lr", "1e30", "--out", run], "is not finite"),
@@ -133,7 +140,13 @@ def test_failures_are_exit_code_1(tmp_path, data, monkeypatch):
     assert result.exit_code == 2 and "holds a run of 'vae', not 'ae'" in result.output
     (run / "last.pt").write_bytes((run / "last.pt").read_bytes()[:1000])
     result = aeup("train", "vae", "--resume", run)
-    assert result.exit_code == 1 and "last.pt: not a whole checkpoint" in result.output
+    assert result.exit_code == 1 and "last.pt: not a whole checkpoint" in result.output and "copy" not in result.output
+    assert aeup("train", "vae", "--data", data, "--epochs", 1, "--out", tmp_path / "other").exit_code == 0
+    (tmp_path / "other" / "last.pt").unlink()
+    result = aeup("train", "vae", "--resume", tmp_path / "other", "--epochs", 2)
+    assert result.exit_code == 1 and "best.pt over it to go on from epoch 1" in result.output
+    (tmp_path / "other" / "best.pt").rename(tmp_path / "other" / "last.pt")
+    assert aeup("train", "vae", "--resume", tmp_path / "other", "--epochs", 2).exit_code == 0
 
 
 def test_ctrl_c_is_exit_code_130_and_says_how_to_go_on(tmp_path, data, monkeypatch):
@@ -169,8 +182,23 @@ def test_info_names_versions_devices_and_backends():
     result = aeup("info")
     assert result.exit_code == 0
     assert torch.__version__ in result.output and "cuda" in result.output and "-> " in result.output
-    for name in ("cuda", "triton", "cpu", "torch"):
+    for name in ("cuda", "triton", "cpu", "torch", "tuned table of this cpu: "):
         assert name in result.output
+
+
+def test_info_says_what_the_extension_is_built_for(monkeypatch, tmp_path):
+    found = {"torch": "2.10", "torch_min": "2.10", "cuda": ["8.0", "9.0"], "isas": ["baseline"], "machine": "x86_64"}
+    monkeypatch.setattr("aeup._native.missing", None)
+    monkeypatch.setattr("aeup._native.build_info", lambda: found)
+    monkeypatch.setenv("AEUP_TUNED", "")
+    assert "x86_64 kernels baseline; CUDA kernels for sm_80, sm_90\n" in aeup("info").output
+    found["cuda"] = None
+    result = aeup("info")
+    assert "no CUDA kernels (nvcc was not found" in result.output and "this cpu: turned off" in result.output
+    monkeypatch.setattr("aeup._native.missing", "it cannot be loaded")
+    monkeypatch.setenv("AEUP_TUNED", str(tmp_path))
+    result = aeup("info")
+    assert "extension: it cannot be loaded\n" in result.output and "this cpu: none of your own" in result.output
 
 
 def test_a_full_disk_names_the_file_and_keeps_the_checkpoint(tmp_path, data, monkeypatch):

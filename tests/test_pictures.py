@@ -226,7 +226,11 @@ def test_curves(tmp_path):
     for colour, panels in (((0xB0, 0xB7, 0xC3), [True, False]), ((0x4C, 0x72, 0xB0), [True, True])):
         found = (np.abs(a - np.array(colour)).max(2) <= 2).sum(0)
         assert [found[:460].sum() > 40, found[460:].sum() > 40] == panels
-    write_curves(history(1.0), tmp_path)
+    write_curves(history(1.0), tmp_path)  # one epoch: a point of each part
+    a = pixels(path)[:, :460]
+    for colour in ((0xB0, 0xB7, 0xC3), (0x4C, 0x72, 0xB0)):
+        rows, columns = np.nonzero(np.abs(a - np.array(colour)).max(2) <= 2)
+        assert ((columns > 200) & (columns < 300)).sum() > 4, colour  # the legend lies on the right
     assert write_curves([{"epoch": 1, "train": {"generator": 1.0}, "validation": {}}], tmp_path) == path
 
 

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from aeup.train import (
 )
 from aeup.train.checkpoint import load_state, save_model, save_state
 from aeup.train.distributed import World
+from aeup.train.events import EventFile
 from aeup.train.pictures import grid, stacked
 from aeup.train.step import Step
 
@@ -166,6 +168,7 @@ def test_resume_to_more_epochs_and_not_to_fewer(tmp_path, config):
     train(config, tmp_path / "run", console=silent())
     assert len(train(out=tmp_path / "run", resume=True, console=silent())) == 4
     assert len(train(out=tmp_path / "run", resume=True, epochs=5, console=silent())) == 5
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["train"]["epochs"] == 5
     with pytest.raises(ValueError, match="epochs=2, but .* already has 5"):
         train(out=tmp_path / "run", resume=True, epochs=2, console=silent())
 
@@ -308,11 +311,33 @@ def test_event_files_hold_scalars_and_images(tmp_path, config):
     ]
     assert {"train/kl", "rate/lr", "rate/images per second"} <= set(read.Tags()["scalars"])
     assert {"reconstructions", "samples"} <= set(read.Tags()["images"])
-    assert read.Images("samples")[-1].encoded_image_string.startswith(b"\x89PNG")
+    picture = read.Images("samples")[-1]
+    assert picture.encoded_image_string == (tmp_path / "run" / "samples.png").read_bytes()
+    assert (picture.width, picture.height) == Image.open(tmp_path / "run" / "samples.png").size
+    assert not [t for t in threading.enumerate() if t.daemon and "event" in type(t).__name__.lower()]
+    # What a stopped run wrote after the step from which it goes on is forgotten.
+    EventFile(tmp_path / "run" / "tensorboard", purge=rows[0]["step"] + 1).close()
+    read = events.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    assert [e.step for e in read.Reload().Scalars("train/kl")] == [rows[0]["step"]]
+
+
+def test_an_event_file_that_cannot_be_written_is_named(tmp_path):
+    pytest.importorskip("tensorboard")
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="Not a directory: '.*events.out.tfevents"):
+        EventFile(tmp_path / "file" / "tensorboard")
+    if os.path.exists("/dev/full"):
+        file = EventFile(tmp_path)
+        with open("/dev/full", "wb") as full:
+            file.file.close()
+            file.file = file.writer._writer = full
+            with pytest.raises(OSError, match="No space left on device: '.*events.out.tfevents"):
+                file.add(1, {"loss": 1.0}, [])
+            file.close()
 
 
 def test_event_files_without_the_package_are_refused(tmp_path, config, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "tensorboard.compat.proto.event_pb2", None)
     config.tensorboard = True
     with pytest.raises(ValueError, match="event files need tensorboard .*--no-tensorboard"):
         train(config, tmp_path / "run", console=silent())

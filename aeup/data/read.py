@@ -73,6 +73,8 @@ def read_npz(path: Path) -> Arrays:
 
 def read_path(data: str) -> Arrays:
     """A folder of images, an ``.npz`` file or an IDX file, told apart by what the path is."""
+    if not data:
+        raise DataError("data is empty; it takes mnist5k, fashion-mnist, scenes, or a file or folder of images")
     path = Path(data).expanduser()
     if path.is_dir():
         return Folder.open(path), None

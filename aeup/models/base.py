@@ -29,7 +29,7 @@ class Model(nn.Module):
     name: str  # on the command line
     Config: type  # dataclass of the model's options
     objective: str | None = None  # the validation loss that "best" follows, lower is better; None: best is the last
-    targets = False  # trains on pairs (images, labels), with labels int64 [N, H, W]
+    targets = False  # trains on pairs (images, labels), with labels int64 [N, H, W] below config.classes
     defaults: dict[str, Any] = {}  # the training configuration that suits this model, where it is not the usual one
     plain_weights = True  # the loss reads weights by the modules' own forward alone: autocast's copies may stand in
     minimise: dict[str, str]  # player -> the entry of its loss that its optimizer minimises

@@ -33,7 +33,7 @@ class ContractiveConfig(AutoencoderConfig):
     depth: int = 0
     norm: str | None = "group"
     jacobian: str = "closed"  # closed, hutchinson
-    weight: float = 0.6
+    weight: float = 0.4
 
 
 class Contractive(Autoencoder):

@@ -143,6 +143,18 @@ def load_state(path: str | Path) -> dict[str, Any]:
     return state
 
 
+def load_last(run: Path) -> dict[str, Any]:
+    """The state from which the run in a folder goes on. Raises `CheckpointError`."""
+    try:
+        return load_state(run / "last.pt")
+    except CheckpointError as e:
+        try:
+            epoch = load_state(run / "best.pt")["epoch"]
+        except CheckpointError:
+            raise e from None
+        raise CheckpointError(f"{e}; copy {run / 'best.pt'} over it to go on from epoch {epoch}") from e
+
+
 def _check(path: Path, about: dict[str, Any], reads: int) -> None:
     found = about.get("format")
     if found != reads:
@@ -160,5 +172,6 @@ def _load_weights(path: Path, model: nn.Module, tensors: dict[str, torch.Tensor]
         raise CheckpointError(f"{path}: the weights do not fit the {model.name} model ({one_line(e)})") from e
 
 
-def one_line(e: Exception) -> str:
-    return " ".join(str(e).split()) or type(e).__name__
+def one_line(e: BaseException) -> str:
+    """Its text, without the frames of C++ that torch adds to some."""
+    return " ".join(str(e).split("\nException raised from ")[0].split()) or type(e).__name__

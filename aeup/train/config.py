@@ -75,6 +75,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"{name} must be finite and above 0, got {value}")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed must be at least 0 and below 2**63, got {self.seed}")
         if not self.memory >= 0:
             raise ConfigError(f"memory must be at least 0, got {self.memory}")
         if self.ema is not None and not 0 < self.ema < 1:
@@ -147,7 +149,15 @@ def read_config(file: str | Path, model: str) -> tuple[dict[str, Any], dict[str,
         for key in tables.get(name, {}):
             if key not in known or key == "options":
                 raise ConfigError(f"{path}: unknown key {key!r} in [{name}]; allowed are {_names(known)}")
-    return train, dict(tables.get("model", {}))
+    options = dict(tables.get("model", {}))
+    try:
+        if path.suffix != ".json":  # which holds every field
+            check_length(train)
+        for table, config in ((train, TrainConfig), (options, MODELS[model].Config)):
+            table |= {key: convert(config, key, value) for key, value in table.items()}
+    except ConfigError as e:
+        raise ConfigError(f"{path}: {e}") from e
+    return train, options
 
 
 def parse_set(model: str, pairs: typing.Iterable[str]) -> dict[str, Any]:
@@ -188,9 +198,17 @@ def convert(config: type, key: str, value: Any) -> Any:
     try:
         return _as(types_[key], value)
     except (TypeError, ValueError):
-        hint = types_[key]
-        name = str(hint) if typing.get_args(hint) else hint.__name__
-        raise ConfigError(f"{key} must be {name}, got {value!r}") from None
+        raise ConfigError(f"{key} must be {_in_words(types_[key])}, got {value!r}") from None
+
+
+def _in_words(hint: Any) -> str:
+    inner = typing.get_args(hint)
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(map(_in_words, inner))
+    if typing.get_origin(hint) is tuple:
+        count = "" if inner[-1] is Ellipsis else f"{len(inner)} "
+        return f"{count}{_in_words(inner[0]).split(' ', 1)[1]}s (such as {','.join('12345'[: len(inner)])})"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "none"}[hint]
 
 
 def _as(hint: Any, value: Any) -> Any:

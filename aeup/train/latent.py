@@ -151,6 +151,8 @@ def write_scatter(path: str | Path, latents: Tensor, labels: Tensor | None = Non
                     x, y = chosen.median(0).values.tolist()
                     box = {"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": colour, "alpha": 0.85}
                     axis.text(x, y, str(label), ha="center", va="center", fontsize=10, bbox=box)
+            if len(classes) <= 20:  # where labels cover each other
+                figure.legend(loc="outside center right", frameon=False, fontsize=9, markerscale=2, title="class")
         axis.set_aspect("equal" if points[:, 1].any() else "auto")
         axis.set_xlabel(f"{what} 1", fontsize=10)
         axis.set_ylabel(f"{what} 2", fontsize=10)

@@ -21,7 +21,7 @@ from aeup.models import MODELS, Model
 from aeup.train.checkpoint import (
     CheckpointError,
     build_model,
-    load_state,
+    load_last,
     one_line,
     save_model,
     save_state,
@@ -29,7 +29,8 @@ from aeup.train.checkpoint import (
 )
 from aeup.train.config import CHANGEABLE, ConfigError, TrainConfig, TrainingError, check_length, field_types
 from aeup.train.distributed import PeerError, World, current, synchronise
-from aeup.train.outputs import Outputs, event_writer
+from aeup.train.events import event_writer
+from aeup.train.outputs import Outputs
 from aeup.train.progress import Bar, describe
 from aeup.train.signals import Interrupted, Stop
 from aeup.train.step import Step
@@ -111,7 +112,7 @@ def _begin(
     """The run's configuration, with the choices that depend on the device made, and the state to go on from."""
     state = None
     if resume:
-        state = load_state(out / "last.pt")
+        state = load_last(out)
         if unknown := set(changes) - set(CHANGEABLE):
             raise ConfigError(f"with resume only {', '.join(CHANGEABLE)} can be given, got {', '.join(unknown)}")
         check_length(changes)
@@ -178,6 +179,7 @@ class Run:
             self._save("last")
         self.outputs = Outputs(out, writer, self.step)
         if state is not None and world.first:
+            self._write_config()  # with the fields that changed
             self.outputs.metrics(self.history)
 
     def _parts(self) -> tuple[Batches, Batches]:
@@ -203,9 +205,14 @@ class Run:
                 hint = "; --image-size resamples them" if key == "image_size" else ""
                 raise ConfigError(f"{key}={given} of the model, but the images of {config.data} have {value}{hint}")
         try:
-            return build_model(config.model, {**config.options, **shape})
+            model = build_model(config.model, {**config.options, **shape})
         except (TypeError, ValueError) as e:
-            raise ConfigError(f"{config.model}: {e}") from e
+            raise ConfigError(f"{config.model}: {one_line(e)}") from e
+        for target in (self.train.target, self.validation.target):  # another class would be an index out of bounds
+            if target is not None and (most := int(target.max())) >= model.config.classes:
+                allowed = f"classes={model.config.classes} of the model allow labels below that"
+                raise ConfigError(f"{allowed}, but those of {config.data} go up to {most}")
+        return model
 
     @property
     def epoch(self) -> int:

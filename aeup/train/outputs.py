@@ -2,40 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 
 from aeup.models import Model
 from aeup.train.checkpoint import write_atomic
-from aeup.train.config import ConfigError
+from aeup.train.events import EventFile
 from aeup.train.pictures import write_curves, write_pictures
 
 CURVES_EVERY = 30.0  # seconds between drawings of the curves, which take part of one
-
-
-def event_writer(wanted: bool | None) -> type | None:
-    """TensorBoard's writer of event files, if it is wanted; None: where the package is installed.
-
-    Raises:
-        ConfigError: it cannot be imported.
-    """
-    if wanted is None:
-        wanted = importlib.util.find_spec("tensorboard") is not None
-    if not wanted:
-        return None
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as e:
-        raise ConfigError(f'event files need tensorboard ({e}): pip install "aeup[train]", or --no-tensorboard') from e
-    return SummaryWriter
 
 
 class Outputs:
@@ -44,10 +24,10 @@ class Outputs:
     Files: ``metrics.jsonl``, one row an epoch; the model's pictures and ``losses.png``; ``tensorboard/``, by `writer`.
     """
 
-    def __init__(self, out: Path, writer: type | None, step: int) -> None:
+    def __init__(self, out: Path, writer: type[EventFile] | None, step: int) -> None:
         self.out, self.drawn = out, -math.inf
         purge = step + 1 if step else None  # what a stopped run wrote after its last checkpoint
-        self.events = None if writer is None else writer(out / "tensorboard", purge_step=purge)
+        self.events = None if writer is None else writer(out / "tensorboard", purge)
 
     def metrics(self, history: list[dict[str, Any]]) -> None:
         lines = "".join(json.dumps(row) + "\n" for row in history)
@@ -72,16 +52,9 @@ class Outputs:
             self._add_events(history[-1], files)
 
     def _add_events(self, row: dict[str, Any], files: list[Path]) -> None:
-        step = row["step"]
-        for part in ("train", "validation"):
-            for name, value in row[part].items():
-                self.events.add_scalar(f"{part}/{name}", value, step)
-        self.events.add_scalar("rate/lr", row["lr"], step)
-        self.events.add_scalar("rate/images per second", row["images_per_second"], step)
-        for file in files:
-            with Image.open(file) as image:
-                self.events.add_image(file.stem, np.asarray(image.convert("RGB")), step, dataformats="HWC")
-        self.events.flush()
+        scalars = {f"{part}/{name}": value for part in ("train", "validation") for name, value in row[part].items()}
+        rates = {"rate/lr": row["lr"], "rate/images per second": row["images_per_second"]}
+        self.events.add(row["step"], scalars | rates, files)
 
     def close(self) -> None:
         if self.events is not None:

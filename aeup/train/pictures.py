@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from aeup.functional import interpolate
 from aeup.train.checkpoint import write_atomic
+from aeup.train.progress import title
 
 GAP = 2
 # Of the classes of a segmentation and of a scatter; class 0 of a segmentation, the background, is not coloured.
@@ -180,10 +181,10 @@ def write_curves(history: Sequence[Mapping[str, Any]], out: str | Path) -> Path 
                 points = [(row["epoch"], row[part][name]) for row in history if name in (row.get(part) or {})]
                 if points:
                     axis.plot(*zip(*points, strict=True), label=part, **style)
-            axis.set_title(name.replace("_", " "), fontsize=11)
+            axis.set_title(title(name), fontsize=11)
             axis.set_xlabel("epoch", fontsize=9)
             axis.tick_params(labelsize=8)
-            axis.xaxis.get_major_locator().set_params(integer=True)
+            axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
             axis.spines[["top", "right"]].set_visible(False)
             axis.grid(axis="y", color="#e6e6e6", lw=0.8)
             axis.set_axisbelow(True)
@@ -198,7 +199,7 @@ def write_curves(history: Sequence[Mapping[str, Any]], out: str | Path) -> Path 
 
 
 PARTS = {
-    "train": {"color": "#b0b7c3", "lw": 1.6},
+    "train": {"color": "#b0b7c3", "lw": 1.6, "marker": ".", "ms": 5},
     "validation": {"color": "#4c72b0", "lw": 1.8, "marker": ".", "ms": 5},
 }
 

@@ -8,12 +8,17 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-LABELS = {"reconstruction": "reconstruction", "kl": "KL", "negative_elbo": "-ELBO"}
+ACRONYMS = {word.lower(): word for word in ("PSNR", "SSIM", "KL", "ELBO", "IU")}
+
+
+def title(name: str) -> str:
+    """``negative_elbo`` -> ``negative ELBO``"""
+    return " ".join(ACRONYMS.get(word, word) for word in name.split("_"))
 
 
 def describe(losses: dict[str, float]) -> str:
     """``reconstruction 78.20  KL 25.65  -ELBO 103.84``"""
-    return "  ".join(f"{LABELS.get(key, key)} {short(value)}" for key, value in losses.items())
+    return "  ".join(f"{title(key).replace('negative ', '-')} {short(value)}" for key, value in losses.items())
 
 
 def short(value: float) -> str:
@@ -57,9 +62,10 @@ class Bar:
     def log(self, row: dict[str, Any], objective: str | None) -> None:
         """One training loss, the objective if there is one, and all of the validation."""
         width = len(str(self.epochs))
-        train = row["train"].get(objective) or next(iter(row["train"].values()))
+        train = row["train"]
+        shown = objective if objective in train else next(iter(train))
         self.console.print(
-            f"epoch {row['epoch']:>{width}}/{self.epochs}  train {short(train)}  "
+            f"epoch {row['epoch']:>{width}}/{self.epochs}  train: {describe({shown: train[shown]})}  "
             f"validation: {describe(row['validation'])}  {row['images_per_second']:,.0f} images/s",
             highlight=False,
             soft_wrap=True,

@@ -11,6 +11,7 @@ from html import escape
 
 from . import plots
 from .digest import (
+    Digest,
     counts,
     digests,
     is_gpu,
@@ -39,7 +40,7 @@ body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
 a { color: var(--good); }
 h1 { font-size: 1.5rem; margin-bottom: .3rem; } h2 { margin-top: 3rem; border-bottom: 2px solid var(--line); }
 h3 { margin: 2rem 0 .6rem; }
-p { max-width: 50rem; } .facts { margin-top: 0; max-width: none; }
+p { max-width: 50rem; } .facts { margin: 0; max-width: none; } nav, .facts + .wide { margin-top: 1rem; }
 .wide { overflow: auto; max-height: 34rem; width: fit-content; max-width: 100%; border: 1px solid var(--line); }
 table { width: max-content; border-collapse: separate; border-spacing: 0; font-size: 13px;
   font-variant-numeric: tabular-nums; }
@@ -111,6 +112,7 @@ HELP = {
     "x best": "best peer's time / aeup's: above 1, aeup is faster than all of them",
     "x best, device": "the same by time on the device alone",
     "of torch's memory": "peak memory of forward and backward, aeup's / torch's",
+    "wrong": "rows whose result is not right, or that raised an error",
     "lose": "rows in which a peer is faster",
     "of limit": "geometric mean: part of the machine's floor where it is known, else of a copy's bandwidth",
 }
@@ -118,18 +120,21 @@ HELP = {
 
 @dataclass(frozen=True)
 class Cell:
-    """`value`: what it is sorted by, where that is not its text; `kind`: its class; `title`: shown on hovering."""
+    """`value`: what it is sorted by, where that is not its text; `kind`: its class; `title`: shown on hovering;
+    `link`: the id of what the text leads to."""
 
     text: str = ""
     value: float | None = None
     kind: str = ""
     title: str = ""
+    link: str = ""
 
     def html(self) -> str:
         more = "" if self.value is None else f' data-value="{self.value:.6g}"'
         more += f' class="{self.kind}"' if self.kind else ""
         more += f' title="{escape(self.title)}"' if self.title else ""
-        return f"<td{more}>{escape(self.text)}</td>"
+        text = f'<a href="#{escape(self.link)}">{escape(self.text)}</a>' if self.link else escape(self.text)
+        return f"<td{more}>{text}</td>"
 
 
 # --- plots ---
@@ -291,16 +296,45 @@ def row_table(run: dict, rows: Sequence[dict], filtered: bool = False) -> str:
 
 def digest_table(run: dict) -> str:
     """Groups of rows, that with the smallest mean first."""
-    lines = []
-    for d in digests(run):
-        lost = Cell(str(d.losses), d.losses, "bad" if d.losses else "")
-        worst = Cell(d.worst["id"] if d.worst else "", kind="t")
-        line = [Cell(d.name, kind="t"), Cell(str(d.rows), d.rows), Cell(str(d.busy), d.busy), lost]
-        line += [_ratio(to_best(d.worst) if d.worst else None), worst]
-        lines.append(line + [_ratio(d.torch), _ratio(d.best), _ratio(d.device), _number(d.limit, ".0%")])
-    heads = ["geometric means", "rows", "busy", "lose", "worst", "worst row", "x torch", "x best", "x best, device"]
-    kept = [i for i in range(len(heads) + 1) if any(line[i].text not in ("", "0") for line in lines) or i in (1, 3)]
-    return _table([[*heads, "of limit"][i] for i in kept], [[line[i] for i in kept] for line in lines])
+    found = digests(run)
+    return _digests({"geometric means": [Cell(d.name, kind="t") for d in found]}, found)
+
+
+def overview(runs: Sequence[dict], names: Sequence[str], titles: Sequence[str]) -> str:
+    """A line for each run: its means, and where they come from."""
+    links = [Cell(title, kind="t", link=name) for name, title in zip(names, titles, strict=True)]
+    red = [_count(len(wrong(run))) for run in runs]
+    known = [facts(run) for run in runs]
+    origin = {
+        "commit": [Cell(found["commit"], kind="t") for found in known],
+        "measured": [Cell(found.get("measured", "")[:10], kind="t") for found in known],
+    }
+    return _digests({"geometric means": links}, [digests(run)[0] for run in runs], {"wrong": red, **origin})
+
+
+def _digests(
+    first: Mapping[str, list[Cell]], found: Sequence[Digest], last: Mapping[str, list[Cell]] | None = None
+) -> str:
+    """Columns: `first`, of the digests the rows, the losses and what has a figure, and `last`."""
+    worst = [to_best(d.worst) if d.worst else None for d in found]
+    own = {
+        "rows": [Cell(str(d.rows), d.rows) for d in found],
+        "busy": [Cell(str(d.busy), d.busy) for d in found],
+        "lose": [_count(d.losses) for d in found],
+        "worst": list(map(_ratio, worst)),
+        "worst row": [Cell(d.worst["id"] if d.worst else "", kind="t") for d in found],
+        "x torch": [_ratio(d.torch) for d in found],
+        "x best": [_ratio(d.best) for d in found],
+        "x best, device": [_ratio(d.device) for d in found],
+        "of limit": [_number(d.limit, ".0%") for d in found],
+    }
+    shown = {k: v for k, v in own.items() if k in ("rows", "lose") or any(cell.text not in ("", "0") for cell in v)}
+    columns = {**first, **shown, **(last or {})}
+    return _table(list(columns), list(zip(*columns.values(), strict=True)))
+
+
+def _count(bad: int) -> Cell:
+    return Cell(str(bad), bad, "bad" if bad else "")
 
 
 def comparison_table(comparison: dict) -> str:
@@ -407,14 +441,13 @@ def facts(run: dict) -> dict[str, str]:
 
 
 def _places(runs: Sequence[dict]) -> list[str]:
-    """Where the runs come from, each place once."""
-    places: dict[str, list[str]] = {}
+    """Where the runs come from, each place once; of several runs the overview tells the commits and the dates."""
+    places = []
     for run in runs:
-        known = facts(run)
-        date = known.pop("measured", "")
-        words = ", ".join(f"{name} {value}" for name, value in known.items())
-        places.setdefault(f"{run['environment']['device']}: {words}", []).append(date)
-    return [f"{place}, measured {min(dates)} UTC" for place, dates in places.items()]
+        known = {k: v for k, v in facts(run).items() if not runs[1:] or k not in ("commit", "measured")}
+        words = ", ".join(f"{name} {value}{' UTC' * (name == 'measured')}" for name, value in known.items())
+        places.append(f"{run['environment']['device']}: {words}")
+    return list(dict.fromkeys(places))
 
 
 def make_page(runs: Sequence[dict]) -> str:
@@ -423,7 +456,7 @@ def make_page(runs: Sequence[dict]) -> str:
     names = [kind if kinds.count(kind) == 1 else f"{kind}-{i + 1}" for i, kind in enumerate(kinds)]
     devices = list(dict.fromkeys(run["environment"]["device"] for run in runs))
     titles = [f"{run['kind']} on {run['environment']['device']}" if devices[1:] else run["kind"] for run in runs]
-    entries = zip([*names, "environment"], [*titles, "environment"], strict=True)
+    entries = [*([] if runs[1:] else zip(names, titles, strict=True)), ("environment", "Environment")]
     links = " \u00b7 ".join(f'<a href="#{escape(name)}">{escape(text)}</a>' for name, text in entries)
     title = "aeup on " + ", ".join(devices)
     environments = []
@@ -443,6 +476,7 @@ def make_page(runs: Sequence[dict]) -> str:
             f"<style>{STYLE}</style></head><body>",
             f"<h1>{escape(title)}</h1>",
             *(f'<p class="facts">{escape(place)}</p>' for place in _places(runs)),
+            overview(runs, names, titles) if runs[1:] else "",
             f"<nav>{links}</nav>",
             *map(_section, runs, names, titles),
             '<section id="environment"><h2>Environment</h2>',
