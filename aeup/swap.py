@@ -15,6 +15,7 @@ from aeup.adapters import (
     known,
     names_upsampling,
     original_of,
+    paired_norms,
     pairs,
     rewrite,
 )
@@ -127,6 +128,7 @@ class _Plan:
         cls = type(module)
         if original_of(module) is not None:
             self.left(path, cls.__name__, "is swapped already")
+            self.paired.update(map(id, paired_norms(module)))
         elif isinstance(module, (torch.jit.ScriptModule, torch.fx.GraphModule)):
             self.left(path, cls.__name__, "was made from other code (TorchScript, fx): swap the model before that")
         elif cls in _OURS:
@@ -317,7 +319,8 @@ def swap(model: nn.Module, *, fuse: bool = True, dry_run: bool = False, benchmar
     of place allows it.
 
     A module is changed by its class alone, to a subclass of it, so that ``isinstance``, deepcopy, pickling, DDP, EMA,
-    ``torch.compile``, ``torch.export`` and ``.to(...)`` go on. TorchScript does not know aeup: unswap first.
+    ``torch.compile``, ``torch.export`` and ``.to(...)`` go on. ``torch.jit.trace`` records torch's operators;
+    ``torch.jit.script`` does not know aeup: unswap first.
 
     Under autocast aeup keeps the dtype of what it upsamples or normalises, where torch goes to float32 for some modes,
     and for group norm on a GPU: the results differ by the rounding of the low precision, and the next layer gets the

@@ -184,6 +184,21 @@ def test_what_changes_after_the_swap_runs_one_by_one():
     close(output_and_gradients(model, x), output_and_gradients(plain, x))
 
 
+def test_a_second_swap_changes_nothing():
+    """A norm in a pair keeps its class."""
+    model, x = made()
+    model = nn.Sequential(nn.Sequential(nn.GroupNorm(2, 4), nn.ReLU()), model, nn.GroupNorm(2, 4)).double()
+    plain = copy.deepcopy(model)
+    swap(model[1]), swap(model)
+    classes = classes_of(model)
+    again = swap(model)
+    assert not again.replaced and not again.fused and classes_of(model) == classes
+    assert type(model[1].norm1) is type(model[0][0]) is nn.GroupNorm and type(model[2]) is aeup.GroupNorm
+    close(output_and_gradients(model, x), output_and_gradients(plain, x))
+    model[1].act = nn.Softplus()  # so that only one is in a pair
+    assert [r.path for r in swap(model).replaced] == ["1.norm1", "1.norm3"]
+
+
 def test_the_compiler_and_transforms():
     model, x = made()
     plain = copy.deepcopy(model)

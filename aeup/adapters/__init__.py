@@ -19,7 +19,18 @@ from aeup.adapters import pairs
 from aeup.adapters.pairs import NormNames
 from aeup.adapters.rewrite import Refusal, names_upsampling, rewrite
 
-__all__ = ["KNOWN", "Adapter", "Refusal", "derive", "kind_of", "known", "names_upsampling", "original_of", "rewrite"]
+__all__ = [
+    "KNOWN",
+    "Adapter",
+    "Refusal",
+    "derive",
+    "kind_of",
+    "known",
+    "names_upsampling",
+    "original_of",
+    "paired_norms",
+    "rewrite",
+]
 
 MARK = "_aeup_original"
 
@@ -78,12 +89,11 @@ def derive(original: type, kind: str) -> type:
             plain = original.forward
         forward = known(original).forward(plain)
     else:
-        kind_, _, names = kind.partition(":")
-        names = NormNames(*(tuple(filter(None, n.split(","))) for n in names.split(";"))) if names else pairs.NO_NORMS
-        forward = rewrite(original.forward, kind_ == "pairs", names).forward
+        forward = rewrite(original.forward, kind.startswith("pairs"), names_of(kind)).forward
     body = {
         "forward": forward,
         "__reduce_ex__": _reduce,
+        "__prepare_scriptable__": _no_script,
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
@@ -96,9 +106,34 @@ def derive(original: type, kind: str) -> type:
         raise Refusal(f"its class cannot be derived from: {error}") from error
 
 
+def _no_script(self):
+    raise RuntimeError(
+        f"torch.jit.script does not know aeup, which aeup.swap put into this {type(self).__name__}: call "
+        "aeup.unswap(model) first, or use torch.jit.trace, which records torch's own operators"
+    )
+
+
 def kind_of(names: NormNames) -> str:
     """The kind "pairs" for a module with these group norms and activations."""
     return "pairs:" + ";".join(map(",".join, names)) if names.norms else "pairs"
+
+
+def names_of(kind: str) -> NormNames:
+    """What :func:`kind_of` was given."""
+    names = kind.partition(":")[2]
+    return NormNames(*(tuple(filter(None, n.split(","))) for n in names.split(";"))) if names else pairs.NO_NORMS
+
+
+def paired_norms(module: nn.Module) -> list[nn.Module]:
+    """Of a swapped module: the norms that run with the activation after them, as long as nothing changes."""
+    kind, names = type(module).__dict__.get("_aeup_kind", ""), module._modules
+    if kind == "sequence":
+        modules = list(names.values())
+        return [modules[at] for at, _, reason in pairs.pairs_in(module) if reason is None]
+    if not kind.startswith("pairs:"):
+        return []
+    found = rewrite(original_of(module).forward, True, names_of(kind)).norms
+    return [names[n] for n, after in found if n in names and not pairs.refuses_activated(names[n], names.get(after))]
 
 
 def _reduce(self, protocol):
