@@ -3,6 +3,7 @@
 import copy
 import functools
 import importlib
+import inspect
 import linecache
 
 import pytest
@@ -15,6 +16,26 @@ from aeup import explain, intercept, swap
 from aeup.adapters import derive, rewrite
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def counted(function):
+    @functools.wraps(function)
+    def wrapper(self, x, **kwargs):
+        self.count = getattr(self, "count", 0) + 1
+        return function(self, x, **kwargs) * 2
+
+    wrapper.plain = function
+    return wrapper
+
+
+def hidden(function):
+    call = functools.partial(function)
+    return functools.wraps(function)(lambda *args: call(*args))
+
+
+def marked(function):
+    function.mark = "kept"
+    return function
 
 
 class Base(nn.Module):
@@ -121,10 +142,24 @@ class Curious(nn.Module):
         return F.interpolate(x, scale_factor=len(locals()))
 
 
-class Decorated(nn.Module):
-    @torch.no_grad()
+class Partial(nn.Module):
+    @hidden
     def forward(self, x):
         return F.interpolate(x, scale_factor=2)
+
+
+class Decorated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4)
+
+    @counted
+    @torch.no_grad()
+    @marked
+    def forward(self, x, *, scale: int = 2):
+        x = F.interpolate(x, scale_factor=scale)
+        x = self.conv(x)
+        return F.silu(self.norm(x))
 
 
 class Cached(nn.Module):
@@ -157,6 +192,21 @@ def test_a_rewritten_forward_is_the_same_function_but_for_its_calls(monkeypatch)
     close([model(x)], [plain(x)])
     close(model(x, mode="bilinear"), plain(x, mode="bilinear"))
     assert derive(Derived, "pairs") is type(model) and type(model).__name__ == "Derived"
+
+
+def test_decorators_stay_around_a_rewritten_forward():
+    model, x = Decorated().double(), torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    plain, forward = copy.deepcopy(model), Decorated.forward
+    report = swap(model)
+    assert report.replaced[0].now == "aeup for F.interpolate, aeup for self.norm"
+    assert [r.path for r in report.fused] == ["conv", "norm"] and not report.left
+    close([model(x), model(x, scale=3)], [plain(x), plain(x, scale=3)])
+    assert model.count == plain.count == 2 and not model(x).requires_grad
+    ours = type(model).forward
+    assert inspect.signature(ours) == inspect.signature(forward) and ours.plain is ours.__wrapped__ is not forward.plain
+    assert inspect.unwrap(ours).mark == "kept" and Decorated.forward is forward
+    assert [c.op for c in explain(model, x) if "gradient" not in c.call] == ["aeup.upsample_conv2d", "aeup.group_norm"]
+    close([copy.deepcopy(model)(x), torch.compile(model, backend="eager")(x)], [plain(x)] * 2)
 
 
 @pytest.mark.parametrize("name", ["forward", "tried", "kept", "twice", "used", "indexed", "local"])
@@ -277,7 +327,7 @@ def test_forwards_that_are_left():
     for cls, reason in (
         (Private, "private to its class"),
         (Curious, "own variables"),
-        (Decorated, "decorated"),
+        (Partial, "does not show what it calls"),
         (Cached, "not a Python function"),
         (Steps, "a generator"),
         (Short, "not a plain function"),
@@ -287,7 +337,7 @@ def test_forwards_that_are_left():
         assert reason in report.left[0].reason and type(model) is cls and "intercept" in report.left[0].reason
     assert swap(Shadowed()).rows == []
     with intercept() as mode:
-        Shadowed()(x), Private()(x), Decorated()(x)
+        Shadowed()(x), Private()(x), Partial()(x)
     assert len(mode.calls) == 1 and mode.calls[0].count == 3
     space = {"nn": nn, "F": F}
     exec("class Typed(nn.Module):\n    def forward(self, x):\n        return F.interpolate(x, scale_factor=2)", space)

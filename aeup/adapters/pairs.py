@@ -2,6 +2,7 @@
 a batch norm or a group norm and the activation after it. Everything is looked at when it runs, so modules that are
 hooked, replaced or sliced later stay right: they then run one by one."""
 
+import inspect
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -318,7 +319,7 @@ def norm_names(module: nn.Module) -> NormNames:
     """Empty where its forward cannot have a pair of them."""
     norms = tuple(sorted(n for n, m in module._modules.items() if type(m) in GROUP_NORMS))
     activations = tuple(sorted(n for n, m in module._modules.items() if type(m) in _SERVED))
-    code = getattr(type(module).forward, "__code__", None)
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     functions = code is not None and not {f.__name__ for f in ACTIVATION_FUNCTIONS}.isdisjoint(code.co_names)
     return NormNames(norms, activations) if norms and (activations or functions) else NO_NORMS
 

@@ -77,7 +77,7 @@ def rewrite(forward: Callable, fuse: bool, norms: NormNames = NO_NORMS) -> Rewri
     if not isinstance(forward, types.FunctionType):
         raise Refusal("its forward is not a Python function")
     if hasattr(forward, "__wrapped__"):
-        raise Refusal("its forward is decorated")
+        return _rewrapped(forward, fuse, norms)
     definition = _definition(forward)
     code = forward.__code__
     names = {n.attr if isinstance(n, ast.Attribute) else n.id for n in ast.walk(definition)
@@ -101,14 +101,43 @@ def rewrite(forward: Callable, fuse: bool, norms: NormNames = NO_NORMS) -> Rewri
     outer.args, outer.body = arguments, [definition, result]
     module = ast.fix_missing_locations(ast.Module([outer], []))
     made = compile(module, code.co_filename, "exec", code.co_flags & _FUTURE, dont_inherit=True)
-    made = next(c for c in _codes(made) if c.co_name == code.co_name and c.co_firstlineno == code.co_firstlineno)
+    made = next(c for c in _codes(made) if c.co_name == code.co_name and c.co_firstlineno == definition.lineno)
     cells = dict(zip(code.co_freevars, forward.__closure__ or (), strict=True))
     cells |= {name: types.CellType(value) for name, value in _FREE.items()}
     closure = tuple(cells[name] for name in made.co_freevars)
-    new = types.FunctionType(made, forward.__globals__, forward.__name__, forward.__defaults__, closure)
-    new.__kwdefaults__, new.__annotations__ = forward.__kwdefaults__, forward.__annotations__
-    new.__doc__, new.__qualname__, new.__module__ = forward.__doc__, forward.__qualname__, forward.__module__
+    new = _like(forward, made, closure)
     return Rewritten(new, tuple(rewriter.calls.values()), tuple(rewriter.pairs), tuple(rewriter.norms))
+
+
+def _like(function: types.FunctionType, code: types.CodeType, closure: tuple) -> types.FunctionType:
+    new = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, closure)
+    new.__kwdefaults__, new.__annotations__ = function.__kwdefaults__, function.__annotations__
+    new.__doc__, new.__qualname__, new.__module__ = function.__doc__, function.__qualname__, function.__module__
+    new.__dict__.update(function.__dict__)
+    return new
+
+
+def _rewrapped(wrapper: types.FunctionType, fuse: bool, norms: NormNames) -> Rewritten:
+    """A decorator's function (functools.wraps) around the rewritten forward, where a variable of its holds that."""
+    inner = wrapper.__wrapped__
+    cells = wrapper.__closure__ or ()
+    at = [i for i, cell in enumerate(cells) if _content(cell) is inner]
+    if len(at) != 1:
+        raise Refusal("its forward is decorated, and the decorator does not show what it calls")
+    found = rewrite(inner, fuse, norms)
+    if not found.calls:
+        return found._replace(forward=wrapper)
+    closure = (*cells[: at[0]], types.CellType(found.forward), *cells[at[0] + 1 :])
+    new = _like(wrapper, wrapper.__code__, closure)
+    new.__dict__.update({name: found.forward for name, value in new.__dict__.items() if value is inner})
+    return found._replace(forward=new)
+
+
+def _content(cell: types.CellType):
+    try:
+        return cell.cell_contents
+    except ValueError:  # empty
+        return None
 
 
 def _codes(code: types.CodeType):
@@ -136,9 +165,12 @@ def _definition(forward: types.FunctionType) -> ast.FunctionDef:
     if code not in codes:
         raise Refusal("its source is not what runs")
     for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef) and node.name == code.co_name and node.lineno == code.co_firstlineno:
-            return copy.deepcopy(node)
-    raise Refusal("its forward is decorated, or not a plain function")
+        if isinstance(node, ast.FunctionDef) and node.name == code.co_name:
+            if code.co_firstlineno == min([node.lineno, *(d.lineno for d in node.decorator_list)]):
+                node = copy.deepcopy(node)
+                node.decorator_list = []  # what they made of the function is around it, or in its attributes
+                return node
+    raise Refusal("its forward is not a plain function")
 
 
 class _Rewriter(ast.NodeTransformer):
