@@ -1,5 +1,6 @@
 """Puts aeup into an existing model, in place, and takes it out again."""
 
+import inspect
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -11,9 +12,11 @@ from aeup.adapters import (
     SEQUENCE_NORMS,
     Refusal,
     derive,
+    is_foreign,
     kind_of,
     known,
-    names_upsampling,
+    methods,
+    norm_names,
     original_of,
     paired_norms,
     pairs,
@@ -82,10 +85,8 @@ class SwapReport:
                 "aeup.GroupNorm serves 4-D input; what else comes, and on a CPU where torch is as fast, goes to torch: "
                 "aeup.explain tells."
             )
-        if any(r.was.startswith("forward of") and r.status == "replaced" for r in self.rows):
-            notes.append(
-                "Rewritten forwards are those of their classes now: a class that is patched later is not seen."
-            )
+        if any(r.now.startswith("aeup for ") for r in self.rows):
+            notes.append("Rewritten methods are those of their classes now: a class that is patched later is not seen.")
         return notes
 
     def to_list(self) -> list[dict]:
@@ -152,10 +153,8 @@ class _Plan:
             self.of_sequences.update(
                 id(module._modules.get(n)) for n in SEQUENCE_NORMS.get(f"{cls.__module__}:{cls.__qualname__}", ())
             )
-            names = pairs.norm_names(module) if self.fuse else pairs.NO_NORMS
-            # The benchmarks' networks stand for a user's.
-            foreign = not cls.__module__.startswith(("torch.", "aeup.")) or cls.__module__.startswith("aeup.bench.")
-            if foreign and (names.norms or names_upsampling(cls)):
+            names = norm_names(module) if self.fuse else pairs.NO_NORMS
+            if is_foreign(cls) and methods(cls, names):
                 self.forward(path, module, names)
             elif self.fuse:
                 self.adapter(path, module)
@@ -229,27 +228,35 @@ class _Plan:
             self.left(place, what, f"not fused: {reason}")
 
     def forward(self, path: str, module: nn.Module, names: pairs.NormNames) -> None:
-        """By the class's own forward, with its calls replaced."""
+        """By the class's own forward and the methods that upsample, with their calls replaced."""
+        cls, found = type(module), []
+        for name in methods(cls, names):
+            made = self.method(path, module, name, names)
+            found += [made] if made else []
+        if not found or (self.fuse and self.adapter(path, module)):
+            return
+        self.changes.append((module, derive(cls, kind_of(names) if self.fuse else "calls")))
+        for target in dict.fromkeys(t for made in found for t in made.pairs):
+            self.pair(path, module, target)
+        for norm, activation in dict.fromkeys(p for made in found for p in made.norms):
+            self.norm(path, module, norm, activation)
+
+    def method(self, path: str, module: nn.Module, name: str, names: pairs.NormNames):
         cls = type(module)
         try:
-            found = rewrite(cls.forward, self.fuse, names)
+            found = rewrite(inspect.getattr_static(cls, name), self.fuse, names)
             if not found.calls:
-                return
-            if "forward" in module.__dict__:
-                raise Refusal("it has a forward of its own, set on the instance")
-            derived = derive(cls, kind_of(names) if self.fuse else "calls")
+                return None
+            if name in module.__dict__:
+                raise Refusal(f"it has a {name} of its own, set on the instance")
+            derive(cls, kind_of(names) if self.fuse else "calls")
         except Refusal as error:
-            self.left(path, f"forward of {cls.__name__}", f"{error}; see aeup.intercept")
-            return
-        counts = {name: found.calls.count(name) for name in found.calls}
-        now = ", ".join(f"aeup for {name}" + (f" ({n} calls)" if n > 1 else "") for name, n in counts.items())
-        self.rows.append(SwapRow(path, f"forward of {cls.__name__}", "replaced", now))
-        if not (self.fuse and self.adapter(path, module)):
-            self.changes.append((module, derived))
-            for target in found.pairs:
-                self.pair(path, module, target)
-            for norm, activation in found.norms:
-                self.norm(path, module, norm, activation)
+            self.left(path, f"{name} of {cls.__name__}", f"{error}; see aeup.intercept")
+            return None
+        counts = {call: found.calls.count(call) for call in found.calls}
+        now = ", ".join(f"aeup for {call}" + (f" ({n} calls)" if n > 1 else "") for call, n in counts.items())
+        self.rows.append(SwapRow(path, f"{name} of {cls.__name__}", "replaced", now))
+        return found
 
     def norm(self, path: str, module: nn.Module, name: str, after: str) -> None:
         norm, activation = module._modules[name], module._modules.get(after)
@@ -299,10 +306,10 @@ def swap(model: nn.Module, *, fuse: bool = True, dry_run: bool = False, benchmar
     - ``nn.ConvTranspose2d``, ``nn.Upsample`` and its 2-D kin, and ``nn.GroupNorm`` become aeup's, by exact type.
     - ``nn.Conv2d`` with a bias, of any stride, dilation 1, a kernel larger than 1 and 16 channels or more becomes
       ``aeup.Conv2d``, which on a GPU adds the bias as it writes the result.
-    - modules whose forward calls ``F.interpolate`` or ``F.conv_transpose2d`` (torchvision's segmentation models and
-      feature pyramids, segmentation_models_pytorch, timm, your own): the same forward with these calls by aeup, rebuilt
-      from its source. Where the source is not what runs, or is not there, the module is left; :func:`aeup.intercept`
-      may serve it.
+    - modules whose forward, or a method that it calls, calls ``F.interpolate`` or ``F.conv_transpose2d`` (torchvision's
+      segmentation models and feature pyramids, segmentation_models_pytorch, timm, transformers, your own): the same
+      methods with these calls by aeup, rebuilt from their source, inside their decorators. Where the source is not what
+      runs, or is not there, the module is left; :func:`aeup.intercept` may serve it.
     - with `fuse`, pairs that become one operation: in an ``nn.Sequential``, upsampling and the convolution after it
       (and its activation), a convolution or a transposed one and its activation, and an ``nn.BatchNorm2d`` or
       ``nn.GroupNorm`` and its activation (:func:`aeup.batch_norm`, :func:`aeup.group_norm`; the norm keeps its class

@@ -5,14 +5,15 @@ import functools
 import importlib
 import inspect
 import linecache
+import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
-from swap_helpers import close
+from swap_helpers import close, output_and_gradients
 from torch import nn
 
-from aeup import explain, intercept, swap
+from aeup import explain, intercept, swap, unswap
 from aeup.adapters import derive, rewrite
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -162,6 +163,41 @@ class Decorated(nn.Module):
         return F.silu(self.norm(x))
 
 
+class Helped(nn.Module):
+    """Upsamples in methods that its forward calls, some of them by others."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.unused = nn.Conv2d(3, 3, 3), nn.GroupNorm(1, 3), nn.Conv2d(3, 3, 3)
+
+    def forward(self, x):
+        return self.decode(x, x) + self.fixed(x)
+
+    def decode(self, x, y):
+        return self._add(self._up(x), y)
+
+    @counted
+    def _up(self, x):
+        x = F.interpolate(x, scale_factor=2)
+        x = self.conv(x)
+        return F.silu(self.norm(x))
+
+    def _add(self, x, y):
+        return x + F.interpolate(y, size=x.shape[-2:], mode="bilinear", align_corners=False)
+
+    @staticmethod
+    def fixed(x):
+        return F.interpolate(x, size=(6, 8))
+
+    def export(self, x):
+        return self.unused(F.interpolate(x, scale_factor=3))
+
+
+class Heir(Helped):
+    def _add(self, x, y):
+        return super()._add(x, y) * 3
+
+
 class Cached(nn.Module):
     @functools.cache  # noqa: B019
     def forward(self, x):
@@ -207,6 +243,33 @@ def test_decorators_stay_around_a_rewritten_forward():
     assert inspect.unwrap(ours).mark == "kept" and Decorated.forward is forward
     assert [c.op for c in explain(model, x) if "gradient" not in c.call] == ["aeup.upsample_conv2d", "aeup.group_norm"]
     close([copy.deepcopy(model)(x), torch.compile(model, backend="eager")(x)], [plain(x)] * 2)
+
+
+@pytest.mark.parametrize("make", [Helped, Heir])
+def test_methods_that_a_forward_calls(make):
+    model, x = make().double(), torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    plain = copy.deepcopy(model)
+    report = swap(model)
+    name = make.__name__
+    own = ("_add", "_up") if make is Helped else ("_up",)
+    assert [(r.path, r.was, r.status) for r in report.rows] == [
+        ("", f"fixed of {name}", "left"),
+        *(("", f"{method} of {name}", "replaced") for method in own),
+        ("conv", "interpolate -> Conv2d", "fused"),
+        ("norm", "GroupNorm -> F.silu", "fused"),
+    ]
+    assert report.rows[0].reason == "it is not a Python function; see aeup.intercept"
+    for again in (model, pickle.loads(pickle.dumps(model))):
+        close(output_and_gradients(again, x), output_and_gradients(plain, x))
+        close([again.decode(x, x), again.export(x)], [plain.decode(x, x), plain.export(x)])
+    assert type(model.norm) is nn.GroupNorm and not [r for r in swap(model).rows if r.status != "left"]
+    ops = [c.op for c in explain(model, x) if "gradient" not in c.call]
+    assert ops == ["aeup.upsample_conv2d", "aeup.group_norm"] + ["aeup.interpolate"] * (make is Helped)
+    close([unswap(model)(x)], [plain(x)])
+    assert swap(make(), fuse=False).replaced and not swap(make(), fuse=False).fused
+    model._add = lambda x, y: x
+    assert not any(r.was.startswith("_add") for r in swap(model).replaced)
+    assert model(x).shape == plain(x).shape
 
 
 @pytest.mark.parametrize("name", ["forward", "tried", "kept", "twice", "used", "indexed", "local"])

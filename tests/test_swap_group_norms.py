@@ -14,8 +14,7 @@ from torch import nn
 
 import aeup
 from aeup import swap, unswap
-from aeup.adapters import rewrite
-from aeup.adapters.pairs import norm_names
+from aeup.adapters import norm_names, rewrite
 from aeup.ops import group_norm as norms
 
 pytestmark = pytest.mark.usefixtures("one_thread", "own_kernels")

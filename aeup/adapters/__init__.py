@@ -1,4 +1,5 @@
-"""How :func:`aeup.swap` changes a module: its class becomes a subclass made here, which only has another forward.
+"""How :func:`aeup.swap` changes a module: its class becomes a subclass made here, which only has another forward
+(and other methods, where they upsample).
 
 Parameters, buffers, attributes, hooks and the class's name stay what they are; the subclass pickles and copies as a
 recipe (original class, kind), so that nothing but the importable original class needs to exist to load it.
@@ -17,16 +18,18 @@ from torch import nn
 
 from aeup.adapters import pairs
 from aeup.adapters.pairs import NormNames
-from aeup.adapters.rewrite import Refusal, names_upsampling, rewrite
+from aeup.adapters.rewrite import Refusal, is_foreign, methods, norm_names, rewrite, rewritten
 
 __all__ = [
     "KNOWN",
     "Adapter",
     "Refusal",
     "derive",
+    "is_foreign",
     "kind_of",
     "known",
-    "names_upsampling",
+    "methods",
+    "norm_names",
     "original_of",
     "paired_norms",
     "rewrite",
@@ -78,20 +81,21 @@ def known(cls: type) -> Adapter | None:
 
 @lru_cache(None)
 def derive(original: type, kind: str) -> type:
-    """The subclass of `original` with another forward. Kinds: "sequence", "calls" (only calls replaced), "pairs" (and
-    pairs fused; see :func:`kind_of`), "known" (an adapter's). Raises Refusal."""
+    """The subclass of `original` with another forward (and other methods that it may call). Kinds: "sequence", "calls"
+    (only calls replaced), "pairs" (and pairs fused; see :func:`kind_of`), "known" (an adapter's). Raises Refusal."""
     if kind == "sequence":
-        forward = pairs.forward_of_sequence
+        made = {"forward": pairs.forward_of_sequence}
     elif kind == "known":
         try:
             plain = rewrite(original.forward, True).forward
         except Refusal:
             plain = original.forward
-        forward = known(original).forward(plain)
+        made = {"forward": known(original).forward(plain)}
     else:
-        forward = rewrite(original.forward, kind.startswith("pairs"), names_of(kind)).forward
+        found = rewritten(original, kind.startswith("pairs"), names_of(kind))
+        made = {name: of.forward for name, of in found.items()}
     body = {
-        "forward": forward,
+        **made,
         "__reduce_ex__": _reduce,
         "__prepare_scriptable__": _no_script,
         "__module__": original.__module__,
@@ -132,7 +136,7 @@ def paired_norms(module: nn.Module) -> list[nn.Module]:
         return [modules[at] for at, _, reason in pairs.pairs_in(module) if reason is None]
     if not kind.startswith("pairs:"):
         return []
-    found = rewrite(original_of(module).forward, True, names_of(kind)).norms
+    found = [pair for of in rewritten(original_of(module), True, names_of(kind)).values() for pair in of.norms]
     return [names[n] for n, after in found if n in names and not pairs.refuses_activated(names[n], names.get(after))]
 
 

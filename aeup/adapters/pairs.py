@@ -2,7 +2,6 @@
 a batch norm or a group norm and the activation after it. Everything is looked at when it runs, so modules that are
 hooked, replaced or sliced later stay right: they then run one by one."""
 
-import inspect
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -42,7 +41,7 @@ ACTIVATION_FUNCTIONS = {
     torch.sigmoid: "sigmoid",
 }  # called with one argument
 _NORMS = (nn.BatchNorm2d, nn.LazyBatchNorm2d, nn.SyncBatchNorm, nn.GroupNorm)  # and subclasses: served, or named
-_SERVED = (*_ACTIVATIONS, nn.LeakyReLU, nn.GELU)  # perhaps: by their arguments
+SERVED = (*_ACTIVATIONS, nn.LeakyReLU, nn.GELU)  # perhaps: by their arguments
 
 
 class Resampling(NamedTuple):
@@ -315,15 +314,6 @@ class NormNames(NamedTuple):
 NO_NORMS = NormNames()
 
 
-def norm_names(module: nn.Module) -> NormNames:
-    """Empty where its forward cannot have a pair of them."""
-    norms = tuple(sorted(n for n, m in module._modules.items() if type(m) in GROUP_NORMS))
-    activations = tuple(sorted(n for n, m in module._modules.items() if type(m) in _SERVED))
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    functions = code is not None and not {f.__name__ for f in ACTIVATION_FUNCTIONS}.isdisjoint(code.co_names)
-    return NormNames(norms, activations) if norms and (activations or functions) else NO_NORMS
-
-
 def refuses_pair(module) -> str | None:
     """Why :func:`pair` would not fuse with `module`, or None."""
     return refuses_convolution(first_of(module))
@@ -354,7 +344,7 @@ def pairs_in(sequence: nn.Sequential) -> list[tuple[int, int, str | None]]:
                 found.append((i, 2, "without a bias it was not measured to be faster than torch"))
         elif isinstance(module, nn.ConvTranspose2d) and type(after).__module__ == "torch.nn.modules.activation":
             found.append((i, 2, refuses_transposed(module) or refuses_activation(*activation)))
-        elif isinstance(module, _NORMS) and type(after) in _SERVED:
+        elif isinstance(module, _NORMS) and type(after) in SERVED:
             found.append((i, 2, refuses_norm(module) or refuses_activation(*activation)))
         i += 1
     return found
