@@ -238,8 +238,9 @@ class _Plan:
         self.changes.append((module, derive(cls, kind_of(names) if self.fuse else "calls")))
         for target in dict.fromkeys(t for made in found for t in made.pairs):
             self.pair(path, module, target)
+        alone = {name for made in found for name in made.alone}
         for norm, activation in dict.fromkeys(p for made in found for p in made.norms):
-            self.norm(path, module, norm, activation)
+            self.norm(path, module, norm, activation, norm in alone)
 
     def method(self, path: str, module: nn.Module, name: str, names: pairs.NormNames):
         cls = type(module)
@@ -258,15 +259,17 @@ class _Plan:
         self.rows.append(SwapRow(path, f"{name} of {cls.__name__}", "replaced", now))
         return found
 
-    def norm(self, path: str, module: nn.Module, name: str, after: str) -> None:
+    def norm(self, path: str, module: nn.Module, name: str, after: str, alone: bool) -> None:
         norm, activation = module._modules[name], module._modules.get(after)
         places = ", ".join(f"{path}.{n}".lstrip(".") for n in (name, after) if n in module._modules)
         what = f"{type(norm).__name__} -> {type(activation).__name__ if activation else after}"
         reason = pairs.refuses_activated(norm, activation)
         if reason:
             return self.left(places, what, f"not fused: {reason}")
-        self.paired.add(id(norm))
-        self.rows.append(SwapRow(places, what, "fused", "aeup.GroupNorm with activation"))
+        if not alone:
+            self.paired.add(id(norm))
+        now = "aeup.GroupNorm with activation" + (", where one follows" if alone else "")
+        self.rows.append(SwapRow(places, what, "fused", now))
 
 
 def _submodule(module: nn.Module, path: str) -> nn.Module | None:

@@ -136,8 +136,14 @@ def paired_norms(module: nn.Module) -> list[nn.Module]:
         return [modules[at] for at, _, reason in pairs.pairs_in(module) if reason is None]
     if not kind.startswith("pairs:"):
         return []
-    found = [pair for of in rewritten(original_of(module), True, names_of(kind)).values() for pair in of.norms]
-    return [names[n] for n, after in found if n in names and not pairs.refuses_activated(names[n], names.get(after))]
+    found = rewritten(original_of(module), True, names_of(kind)).values()
+    alone = {name for made in found for name in made.alone}
+    return [
+        names[n]
+        for made in found
+        for n, after in made.norms
+        if n in names and n not in alone and not pairs.refuses_activated(names[n], names.get(after))
+    ]
 
 
 def _reduce(self, protocol):

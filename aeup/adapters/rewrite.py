@@ -56,12 +56,14 @@ NAMES = frozenset(f.__name__ for f in _CALLS)
 class Rewritten(NamedTuple):
     """`calls`: the functions that were replaced, as the source writes them; `pairs`: the attributes of self ("conv",
     "head.0") that take an interpolate's result and now do so in one operation where they can; `norms`: group norms and
-    the activations after them, as attributes of self, or as the source writes a function."""
+    the activations after them, as attributes of self, or as the source writes a function; `alone`: norms that it calls
+    without an activation too, in another branch for example."""
 
     forward: Callable
     calls: tuple[str, ...] = ()
     pairs: tuple[str, ...] = ()
     norms: tuple[tuple[str, str], ...] = ()
+    alone: frozenset[str] = frozenset()
 
 
 class Refusal(Exception):
@@ -144,7 +146,11 @@ def rewrite(forward: Callable, fuse: bool, norms: NormNames = NO_NORMS) -> Rewri
     cells |= {name: types.CellType(value) for name, value in _FREE.items()}
     closure = tuple(cells[name] for name in made.co_freevars)
     new = _like(forward, made, closure)
-    return Rewritten(new, tuple(rewriter.calls.values()), tuple(rewriter.pairs), tuple(rewriter.norms))
+    called = {rewriter.attribute_of_self(n.func) for n in ast.walk(definition) if isinstance(n, ast.Call)}
+    alone = called.intersection(norms.norms)
+    return Rewritten(
+        new, tuple(rewriter.calls.values()), tuple(rewriter.pairs), tuple(rewriter.norms), frozenset(alone)
+    )
 
 
 @lru_cache(None)
