@@ -13,7 +13,7 @@ from aeup.ops import group_norm as group_norms
 from aeup.ops.conv2d import CONV2D
 from aeup.ops.conv_shapes import Geometry, geometry, int_pair, of_convolution, same_padding
 from aeup.ops.conv_transpose2d import CONV_TRANSPOSE2D
-from aeup.ops.eager import transforms_active
+from aeup.ops.eager import scripted, transforms_active
 from aeup.ops.epilogue import ACTIVATIONS, activate
 from aeup.ops.interpolate import MODES, PLANS, Map, map_of, reference, resample
 from aeup.ops.interpolate import Plan as ResamplePlan
@@ -75,7 +75,7 @@ def interpolate(
     plan = None if key is None else PLANS.get(key)
     if plan is not None:
         return plan.run(input)
-    if mode not in MODES or input.dim() != 4:
+    if mode not in MODES or input.dim() != 4 or scripted():
         reason = f"serves 4-D input in modes {', '.join(MODES)}"
         note_torch("aeup.interpolate", lambda: f"{list(input.shape)}, {mode}", reason)
         return F.interpolate(input, size, scale_factor, mode, align_corners, recompute_scale_factor, antialias)
@@ -141,7 +141,7 @@ def conv_transpose2d(
     name, slope = parse_activation(activation)
     if not (isinstance(x, Tensor) and isinstance(w, Tensor) and (b is None or isinstance(b, Tensor))):
         return F.conv_transpose2d(input, weight, bias)  # raises
-    g = _make_geometry(x.shape, w.shape, *options) if _go_together(x, w, b) else None
+    g = _make_geometry(x.shape, w.shape, *options) if _go_together(x, w, b) and not scripted() else None
     if g is None or (b is not None and b.shape[0] != g.co):
         if input.dim() in (3, 4) and weight.dim() != 4:
             raise RuntimeError(
@@ -267,7 +267,8 @@ def conv2d(
     name, slope = parse_activation(activation)
     if not (isinstance(x, Tensor) and isinstance(w, Tensor) and (b is None or isinstance(b, Tensor))):
         return F.conv2d(input, weight, bias)  # raises
-    g, crop = _convolution(x.shape, w.shape, *options) if _go_together(x, w, b) else (None, None)
+    served = _go_together(x, w, b) and not scripted()
+    g, crop = _convolution(x.shape, w.shape, *options) if served else (None, None)
     if g is None or (b is not None and b.shape[0] != g.ci):
         named = dict(zip(("stride", "padding", "dilation", "groups"), options, strict=True))
         return _conv_by_torch(F.conv2d, input, weight, bias, named, name, slope)
@@ -365,6 +366,8 @@ def upsample_conv2d(
     for what, t in (("input", x), ("weight", w), ("bias", b)):
         if not isinstance(t, Tensor) and (t is not None or what != "bias"):
             raise TypeError(f"aeup.upsample_conv2d: {what} must be a Tensor, got {type(t).__name__}")
+    if scripted():
+        return activate(F.conv2d(F.interpolate(x, *options[:4]), w, b, 1, padding, 1, groups), name, slope)
     g, crop = geometry_of_call(x.shape, w.shape, *options)
     if b is not None and b.shape != (g.co,):
         raise RuntimeError(f"aeup.upsample_conv2d: expected bias to be [{g.co}], got {list(b.shape)}")

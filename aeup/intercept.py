@@ -1,13 +1,16 @@
 """aeup for code that calls torch's upsampling functions itself: a torch function mode, for a block of code."""
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from aeup.functional import conv_transpose2d, interpolate
+from aeup.ops.eager import scripted
 from aeup.ops.interpolate import MODES
 
 __all__ = ["Intercepted", "InterceptedCall", "intercept"]
@@ -41,7 +44,8 @@ class intercept(TorchFunctionMode):
     patched, and gradients of what was computed inside stay aeup's outside. ``mode.calls`` tells what was taken and what
     was left to torch, as :class:`Intercepted`; :func:`aeup.explain` tells which kernels run.
 
-    The block may be compiled with its contents, or around a compiled function; what is compiled is not listed.
+    The block may be compiled with its contents, or around a compiled function; what is compiled, or traced by
+    torch.fx or torch.jit, is not listed.
 
     An interpolate is not joined to the convolution after it here; :func:`aeup.swap` does that. When the interpolate is
     called it is not known who else will see its result, and no later moment is safe: reference counts cannot tell a
@@ -61,15 +65,17 @@ class intercept(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.interpolate:
             out = interpolate(*args, **kwargs)
-            if not torch.compiler.is_compiling():
-                self._seen[_interpolate_key(*args, **kwargs)] += 1
+            self._note(_interpolate_key, out, args, kwargs)
             return out
         if func is F.conv_transpose2d:
             out = conv_transpose2d(*args, **kwargs)
-            if not torch.compiler.is_compiling():
-                self._seen[_conv_key(*args, **kwargs)] += 1
+            self._note(_conv_key, out, args, kwargs)
             return out
         return func(*args, **kwargs)
+
+    def _note(self, key: Callable, out, args, kwargs) -> None:
+        if isinstance(out, Tensor) and not torch.compiler.is_compiling() and not scripted():
+            self._seen[key(*args, **kwargs)] += 1
 
     @property
     def calls(self) -> Intercepted:

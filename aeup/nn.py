@@ -37,7 +37,17 @@ __all__ = [
 ]
 
 
-class Upsample(nn.Upsample):
+class _NoScript:
+    """Before a module of torch: torch.jit.script says why it cannot, in place of an error about this file's code."""
+
+    def __prepare_scriptable__(self):
+        raise RuntimeError(
+            f"aeup.{type(self).__name__}: torch.jit.script does not know aeup. Call aeup.unswap(model) first, if "
+            "aeup.swap put it there, or use torch.jit.trace, which records torch's own operators"
+        )
+
+
+class Upsample(_NoScript, nn.Upsample):
     """:class:`torch.nn.Upsample` by :func:`aeup.interpolate`: the same arguments, results and errors.
 
     Shapes: [N, C, H, W] -> [N, C, oh, ow]; other ranks go to torch.
@@ -66,7 +76,7 @@ def watched(module: nn.Module) -> str | None:
     return "is compiled by itself" if module._compiled_call_impl is not None else None
 
 
-class _WithActivation:
+class _WithActivation(_NoScript):
     """Before a module of torch: the keyword-only argument `activation`, checked and kept."""
 
     activation: Activation = None

@@ -1,14 +1,10 @@
 """Puts aeup into an existing model, in place, and takes it out again."""
 
-import dataclasses
-import statistics
-import time
-from collections.abc import Callable, Mapping
+import inspect
 from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from aeup import nn as aeup_nn
 from aeup.adapters import (
@@ -16,13 +12,17 @@ from aeup.adapters import (
     SEQUENCE_NORMS,
     Refusal,
     derive,
+    is_foreign,
     kind_of,
     known,
-    names_upsampling,
+    methods,
+    norm_names,
     original_of,
+    paired_norms,
     pairs,
     rewrite,
 )
+from aeup.swap_benchmark import SwapBenchmark, compare
 
 __all__ = ["SwapBenchmark", "SwapReport", "SwapRow", "swap", "unswap"]
 
@@ -55,7 +55,7 @@ class SwapReport:
 
     rows: list[SwapRow] = field(default_factory=list)
     dry_run: bool = False
-    benchmark: "SwapBenchmark | None" = None
+    benchmark: SwapBenchmark | None = None
 
     @property
     def replaced(self) -> list[SwapRow]:
@@ -85,10 +85,8 @@ class SwapReport:
                 "aeup.GroupNorm serves 4-D input; what else comes, and on a CPU where torch is as fast, goes to torch: "
                 "aeup.explain tells."
             )
-        if any(r.was.startswith("forward of") and r.status == "replaced" for r in self.rows):
-            notes.append(
-                "Rewritten forwards are those of their classes now: a class that is patched later is not seen."
-            )
+        if any(r.now.startswith("aeup for ") for r in self.rows):
+            notes.append("Rewritten methods are those of their classes now: a class that is patched later is not seen.")
         return notes
 
     def to_list(self) -> list[dict]:
@@ -131,6 +129,7 @@ class _Plan:
         cls = type(module)
         if original_of(module) is not None:
             self.left(path, cls.__name__, "is swapped already")
+            self.paired.update(map(id, paired_norms(module)))
         elif isinstance(module, (torch.jit.ScriptModule, torch.fx.GraphModule)):
             self.left(path, cls.__name__, "was made from other code (TorchScript, fx): swap the model before that")
         elif cls in _OURS:
@@ -154,10 +153,8 @@ class _Plan:
             self.of_sequences.update(
                 id(module._modules.get(n)) for n in SEQUENCE_NORMS.get(f"{cls.__module__}:{cls.__qualname__}", ())
             )
-            names = pairs.norm_names(module) if self.fuse else pairs.NO_NORMS
-            # The benchmarks' networks stand for a user's.
-            foreign = not cls.__module__.startswith(("torch.", "aeup.")) or cls.__module__.startswith("aeup.bench.")
-            if foreign and (names.norms or names_upsampling(cls)):
+            names = norm_names(module) if self.fuse else pairs.NO_NORMS
+            if is_foreign(cls) and methods(cls, names):
                 self.forward(path, module, names)
             elif self.fuse:
                 self.adapter(path, module)
@@ -231,37 +228,48 @@ class _Plan:
             self.left(place, what, f"not fused: {reason}")
 
     def forward(self, path: str, module: nn.Module, names: pairs.NormNames) -> None:
-        """By the class's own forward, with its calls replaced."""
+        """By the class's own forward and the methods that upsample, with their calls replaced."""
+        cls, found = type(module), []
+        for name in methods(cls, names):
+            made = self.method(path, module, name, names)
+            found += [made] if made else []
+        if not found or (self.fuse and self.adapter(path, module)):
+            return
+        self.changes.append((module, derive(cls, kind_of(names) if self.fuse else "calls")))
+        for target in dict.fromkeys(t for made in found for t in made.pairs):
+            self.pair(path, module, target)
+        alone = {name for made in found for name in made.alone}
+        for norm, activation in dict.fromkeys(p for made in found for p in made.norms):
+            self.norm(path, module, norm, activation, norm in alone)
+
+    def method(self, path: str, module: nn.Module, name: str, names: pairs.NormNames):
         cls = type(module)
         try:
-            found = rewrite(cls.forward, self.fuse, names)
+            found = rewrite(inspect.getattr_static(cls, name), self.fuse, names)
             if not found.calls:
-                return
-            if "forward" in module.__dict__:
-                raise Refusal("it has a forward of its own, set on the instance")
-            derived = derive(cls, kind_of(names) if self.fuse else "calls")
+                return None
+            if name in module.__dict__:
+                raise Refusal(f"it has a {name} of its own, set on the instance")
+            derive(cls, kind_of(names) if self.fuse else "calls")
         except Refusal as error:
-            self.left(path, f"forward of {cls.__name__}", f"{error}; see aeup.intercept")
-            return
-        counts = {name: found.calls.count(name) for name in found.calls}
-        now = ", ".join(f"aeup for {name}" + (f" ({n} calls)" if n > 1 else "") for name, n in counts.items())
-        self.rows.append(SwapRow(path, f"forward of {cls.__name__}", "replaced", now))
-        if not (self.fuse and self.adapter(path, module)):
-            self.changes.append((module, derived))
-            for target in found.pairs:
-                self.pair(path, module, target)
-            for norm, activation in found.norms:
-                self.norm(path, module, norm, activation)
+            self.left(path, f"{name} of {cls.__name__}", f"{error}; see aeup.intercept")
+            return None
+        counts = {call: found.calls.count(call) for call in found.calls}
+        now = ", ".join(f"aeup for {call}" + (f" ({n} calls)" if n > 1 else "") for call, n in counts.items())
+        self.rows.append(SwapRow(path, f"{name} of {cls.__name__}", "replaced", now))
+        return found
 
-    def norm(self, path: str, module: nn.Module, name: str, after: str) -> None:
+    def norm(self, path: str, module: nn.Module, name: str, after: str, alone: bool) -> None:
         norm, activation = module._modules[name], module._modules.get(after)
         places = ", ".join(f"{path}.{n}".lstrip(".") for n in (name, after) if n in module._modules)
         what = f"{type(norm).__name__} -> {type(activation).__name__ if activation else after}"
         reason = pairs.refuses_activated(norm, activation)
         if reason:
             return self.left(places, what, f"not fused: {reason}")
-        self.paired.add(id(norm))
-        self.rows.append(SwapRow(places, what, "fused", "aeup.GroupNorm with activation"))
+        if not alone:
+            self.paired.add(id(norm))
+        now = "aeup.GroupNorm with activation" + (", where one follows" if alone else "")
+        self.rows.append(SwapRow(places, what, "fused", now))
 
 
 def _submodule(module: nn.Module, path: str) -> nn.Module | None:
@@ -292,127 +300,6 @@ def _take_out(done: list[tuple[nn.Module, type]]) -> None:
         module.__dict__.pop(MARK, None)
 
 
-# --- before and after ---
-
-
-@dataclass(frozen=True)
-class SwapBenchmark:
-    """Forward before and after, without gradients, measured in turns. Times are medians in milliseconds; `ratio` is
-    before / after, the median over the rounds with its `quartiles`; `difference` is the largest difference of outputs,
-    relative to the largest output."""
-
-    device: str
-    before: float
-    after: float
-    ratio: float
-    quartiles: tuple[float, float]
-    difference: float
-
-    @property
-    def gained(self) -> bool:
-        return self.quartiles[0] > 1
-
-    def __str__(self) -> str:
-        times = f"{self.before:.3f} ms -> {self.after:.3f} ms, " if self.device != "cpu" else ""
-        low, high = self.quartiles
-        verdict = "" if self.gained else ("slower: " if high < 1 else "nothing was gained: ")
-        return (
-            f"{verdict}{times}{self.ratio:.2f}x (quartiles {low:.2f} to {high:.2f}) on {self.device}; outputs differ "
-            f"by {self.difference:.1e} of the largest"
-        )
-
-
-def _compare(model: nn.Module, inputs, changes: list[tuple[nn.Module, type]]) -> SwapBenchmark:
-    args, kwargs = _arguments(inputs)
-    training = [(m, m.training) for m in model.modules()]
-    tensors = [t for t in tree_leaves((args, kwargs)) if torch.is_tensor(t)] + list(model.parameters())
-    device = next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
-    done = []
-
-    def swapped(on: bool) -> None:
-        done[:] = _apply(changes) if on else _take_out(done) or []
-
-    def output() -> list[torch.Tensor]:
-        torch.manual_seed(0)  # models that sample
-        return [t.double() for t in tree_leaves(_plain(model(*args, **kwargs))) if torch.is_tensor(t)]
-
-    try:
-        model.eval()
-        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-            before = output()
-            swapped(True)
-            after = output()
-            swapped(False)
-            both = [(b, a) for b, a in zip(before, after, strict=True) if b.numel()]
-            largest = max((b.abs().max().item() for b, _ in both), default=0.0)
-            difference = max(((a - b).abs().max().item() for b, a in both), default=0.0) / (largest or 1.0)
-            del before, after, both
-            rounds = _rounds(lambda: model(*args, **kwargs), swapped, device)
-    finally:
-        _take_out(done)
-        for module, mode in training:
-            module.training = mode
-    ratios = sorted(b / a for b, a in rounds)
-    low, _, high = statistics.quantiles(ratios, n=4)
-    medians = (statistics.median(times) for times in zip(*rounds, strict=True))
-    return SwapBenchmark(device.type, *medians, statistics.median(ratios), (low, high), difference)
-
-
-def _arguments(inputs) -> tuple[tuple, dict]:
-    if isinstance(inputs, dict):
-        return (), inputs
-    if isinstance(inputs, (tuple, list)):
-        return tuple(inputs), {}
-    if torch.is_tensor(inputs):
-        return (inputs,), {}
-    raise TypeError(f"aeup.swap: benchmark must be a tensor, a tuple or a dict, got {type(inputs).__name__}")
-
-
-def _plain(output):
-    """Outputs that are no pytree (a library's dataclass) as one."""
-    if dataclasses.is_dataclass(output) and not isinstance(output, dict):
-        return [getattr(output, f.name) for f in dataclasses.fields(output)]
-    return dict(output) if isinstance(output, Mapping) else output
-
-
-def _rounds(run: Callable, swapped: Callable[[bool], None], device: torch.device) -> list[tuple[float, float]]:
-    """(before, after) in milliseconds a call, once per round; the order within a round alternates."""
-    gpu = device.type == "cuda"
-
-    def measure(calls: int) -> float:
-        if gpu:
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            torch.cuda.synchronize(device)
-            start.record()
-            for _ in range(calls):
-                run()
-            end.record()
-            torch.cuda.synchronize(device)
-            return start.elapsed_time(end) / calls
-        begin = time.perf_counter()
-        for _ in range(calls):
-            run()
-        return (time.perf_counter() - begin) * 1e3 / calls
-
-    warm = []
-    for on in (False, True):
-        swapped(on)
-        measure(2)
-        warm.append(measure(1))
-        swapped(False)
-    once = max(*warm, 1e-3)
-    calls = max(1, min(100, int(20 / once)))
-    rounds = []
-    for i in range(max(5, min(25, int(4000 / (2 * once * calls))))):
-        times = {}
-        for on in (i % 2 == 1, i % 2 == 0):
-            swapped(on)
-            times[on] = measure(calls)
-            swapped(False)
-        rounds.append((times[False], times[True]))
-    return rounds
-
-
 def swap(model: nn.Module, *, fuse: bool = True, dry_run: bool = False, benchmark=None) -> SwapReport:
     """Makes an existing model use aeup, in place: the same parameters (the same objects), ``state_dict`` keys, buffers,
     hooks and results; :func:`unswap` takes it out again.
@@ -422,10 +309,10 @@ def swap(model: nn.Module, *, fuse: bool = True, dry_run: bool = False, benchmar
     - ``nn.ConvTranspose2d``, ``nn.Upsample`` and its 2-D kin, and ``nn.GroupNorm`` become aeup's, by exact type.
     - ``nn.Conv2d`` with a bias, of any stride, dilation 1, a kernel larger than 1 and 16 channels or more becomes
       ``aeup.Conv2d``, which on a GPU adds the bias as it writes the result.
-    - modules whose forward calls ``F.interpolate`` or ``F.conv_transpose2d`` (torchvision's segmentation models and
-      feature pyramids, segmentation_models_pytorch, timm, your own): the same forward with these calls by aeup, rebuilt
-      from its source. Where the source is not what runs, or is not there, the module is left; :func:`aeup.intercept`
-      may serve it.
+    - modules whose forward, or a method that it calls, calls ``F.interpolate`` or ``F.conv_transpose2d`` (torchvision's
+      segmentation models and feature pyramids, segmentation_models_pytorch, timm, transformers, your own): the same
+      methods with these calls by aeup, rebuilt from their source, inside their decorators. Where the source is not what
+      runs, or is not there, the module is left; :func:`aeup.intercept` may serve it.
     - with `fuse`, pairs that become one operation: in an ``nn.Sequential``, upsampling and the convolution after it
       (and its activation), a convolution or a transposed one and its activation, and an ``nn.BatchNorm2d`` or
       ``nn.GroupNorm`` and its activation (:func:`aeup.batch_norm`, :func:`aeup.group_norm`; the norm keeps its class
@@ -442,7 +329,8 @@ def swap(model: nn.Module, *, fuse: bool = True, dry_run: bool = False, benchmar
     of place allows it.
 
     A module is changed by its class alone, to a subclass of it, so that ``isinstance``, deepcopy, pickling, DDP, EMA,
-    ``torch.compile``, ``torch.export`` and ``.to(...)`` go on. TorchScript does not know aeup: unswap first.
+    ``torch.compile``, ``torch.export`` and ``.to(...)`` go on. ``torch.jit.trace`` records torch's operators;
+    ``torch.jit.script`` does not know aeup: unswap first.
 
     Under autocast aeup keeps the dtype of what it upsamples or normalises, where torch goes to float32 for some modes,
     and for group norm on a GPU: the results differ by the rounding of the low precision, and the next layer gets the
@@ -462,7 +350,12 @@ def swap(model: nn.Module, *, fuse: bool = True, dry_run: bool = False, benchmar
     plan = _Plan(model, fuse)
     report = SwapReport(plan.rows, dry_run)
     if benchmark is not None:
-        report.benchmark = _compare(model, benchmark, plan.changes)
+        done = []
+
+        def swapped(on: bool) -> None:
+            done[:] = _apply(plan.changes) if on else _take_out(done) or []
+
+        report.benchmark = compare(model, benchmark, swapped)
     if not dry_run:
         _apply(plan.changes)
     return report

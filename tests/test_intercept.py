@@ -109,6 +109,18 @@ def test_modules_nesting_and_threads():
     assert found[0].shape == (1, 3, 8, 8) and mode.calls == []
 
 
+def test_traced_inside():
+    """Of torch.fx and torch.jit: the same function, and nothing is listed, as nothing has a size yet."""
+    model, x = nn.Sequential(nn.Upsample(scale_factor=2), nn.ConvTranspose2d(3, 2, 2)), torch.randn(1, 3, 4, 4)
+    with intercept() as mode:
+        traced = torch.jit.trace(model, x, check_trace=False), torch.fx.symbolic_trace(model)
+    assert mode.calls == []
+    for size in (4, 7):
+        x = torch.randn(2, 3, size, size + 1)
+        for other in traced:
+            torch.testing.assert_close(other(x), model(x))
+
+
 def test_autocast_keeps_the_dtype():
     x = torch.randn(1, 3, 4, 4).bfloat16()
     with torch.autocast("cpu", torch.bfloat16), intercept():

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from swap_helpers import classes_of, close, output_and_gradients
+from swap_helpers import classes_of, close, output_and_gradients, outputs
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -257,6 +257,18 @@ def test_a_pair_that_changes_after_the_swap_stays_right():
     close([model(x)], [plain(x)])
 
 
+def test_a_sequence_that_iterates_otherwise():
+    class Backwards(nn.Sequential):
+        def __iter__(self):
+            return reversed(list(self._modules.values()))
+
+    model = Backwards(nn.Conv2d(4, 3, 3), nn.Upsample(scale_factor=2), nn.Conv2d(4, 4, 3), nn.ReLU()).double()
+    x = torch.randn(1, 4, 5, 6, dtype=torch.float64)
+    before = model(x)
+    assert not swap(model).fused
+    close([model(x)], [before])
+
+
 def test_a_parametrised_module_of_a_swapped_class():
     model, x = made("resizing")
     swap(model)
@@ -426,6 +438,22 @@ def test_ddp(tmp_path):
         close(output_and_gradients(again, x), before)
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["generator", "resizing", "decoder"])
+def test_torchscript(name):
+    """What is traced is torch's, and serves other sizes; what cannot be scripted says so."""
+    model, x = made(name)
+    plain = copy.deepcopy(model)
+    swap(model)
+    traced = torch.jit.trace(model, x)
+    assert "aeup::" not in str(traced.inlined_graph)
+    for input in (x, torch.randn(3, x.shape[1], 7, 9, dtype=torch.float64)):
+        close(outputs(traced, input), outputs(plain, input))
+    classes = classes_of(model)
+    with pytest.raises(RuntimeError, match="torch.jit.script does not know aeup"):
+        torch.jit.script(model)
+    assert classes_of(model) == classes
 
 
 def test_func_and_checkpointing():

@@ -61,6 +61,14 @@ def test_convolutions_alone(on_gpu):
     assert {type(m) for m in model if "Conv" in type(m).__name__} == {nn.Conv2d}
 
 
+def test_an_activation_after_a_convolution_without_a_bias_is_left():
+    model = nn.Sequential(nn.Conv2d(16, 16, 3, bias=False), nn.ReLU(), nn.Conv2d(16, 3, 3, bias=False), nn.ReLU())
+    report = swap(model)
+    assert not report.replaced and not report.fused  # three channels gain nothing with a bias either
+    assert [(r.path, r.was) for r in report.left] == [("0, 1", "Conv2d -> ReLU")]
+    assert "not fused: without a bias it was not measured" in report.left[0].reason
+
+
 def test_a_convolution_of_aeup_is_torchs():
     made = aeup.Conv2d(16, 8, 3, 2, 1, 1, 2, padding_mode="reflect", activation=("leaky_relu", 0.3)).double()
     plain = nn.Conv2d(16, 8, 3, 2, 1, 1, 2, padding_mode="reflect").double()

@@ -3,18 +3,40 @@
 import copy
 import functools
 import importlib
+import inspect
 import linecache
+import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
-from swap_helpers import close
+from swap_helpers import close, output_and_gradients
 from torch import nn
 
-from aeup import explain, intercept, swap
+from aeup import explain, intercept, swap, unswap
 from aeup.adapters import derive, rewrite
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def counted(function):
+    @functools.wraps(function)
+    def wrapper(self, x, **kwargs):
+        self.count = getattr(self, "count", 0) + 1
+        return function(self, x, **kwargs) * 2
+
+    wrapper.plain = function
+    return wrapper
+
+
+def hidden(function):
+    call = functools.partial(function)
+    return functools.wraps(function)(lambda *args: call(*args))
+
+
+def marked(function):
+    function.mark = "kept"
+    return function
 
 
 class Base(nn.Module):
@@ -121,10 +143,59 @@ class Curious(nn.Module):
         return F.interpolate(x, scale_factor=len(locals()))
 
 
-class Decorated(nn.Module):
-    @torch.no_grad()
+class Partial(nn.Module):
+    @hidden
     def forward(self, x):
         return F.interpolate(x, scale_factor=2)
+
+
+class Decorated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4)
+
+    @counted
+    @torch.no_grad()
+    @marked
+    def forward(self, x, *, scale: int = 2):
+        x = F.interpolate(x, scale_factor=scale)
+        x = self.conv(x)
+        return F.silu(self.norm(x))
+
+
+class Helped(nn.Module):
+    """Upsamples in methods that its forward calls, some of them by others."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.unused = nn.Conv2d(3, 3, 3), nn.GroupNorm(1, 3), nn.Conv2d(3, 3, 3)
+
+    def forward(self, x):
+        return self.decode(x, x) + self.fixed(x)
+
+    def decode(self, x, y):
+        return self._add(self._up(x), y)
+
+    @counted
+    def _up(self, x):
+        x = F.interpolate(x, scale_factor=2)
+        x = self.conv(x)
+        return F.silu(self.norm(x))
+
+    def _add(self, x, y):
+        return x + F.interpolate(y, size=x.shape[-2:], mode="bilinear", align_corners=False)
+
+    @staticmethod
+    def fixed(x):
+        return F.interpolate(x, size=(6, 8))
+
+    def export(self, x):
+        return self.unused(F.interpolate(x, scale_factor=3))
+
+
+class Heir(Helped):
+    def _add(self, x, y):
+        return super()._add(x, y) * 3
 
 
 class Cached(nn.Module):
@@ -157,6 +228,48 @@ def test_a_rewritten_forward_is_the_same_function_but_for_its_calls(monkeypatch)
     close([model(x)], [plain(x)])
     close(model(x, mode="bilinear"), plain(x, mode="bilinear"))
     assert derive(Derived, "pairs") is type(model) and type(model).__name__ == "Derived"
+
+
+def test_decorators_stay_around_a_rewritten_forward():
+    model, x = Decorated().double(), torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    plain, forward = copy.deepcopy(model), Decorated.forward
+    report = swap(model)
+    assert report.replaced[0].now == "aeup for F.interpolate, aeup for self.norm"
+    assert [r.path for r in report.fused] == ["conv", "norm"] and not report.left
+    close([model(x), model(x, scale=3)], [plain(x), plain(x, scale=3)])
+    assert model.count == plain.count == 2 and not model(x).requires_grad
+    ours = type(model).forward
+    assert inspect.signature(ours) == inspect.signature(forward) and ours.plain is ours.__wrapped__ is not forward.plain
+    assert inspect.unwrap(ours).mark == "kept" and Decorated.forward is forward
+    assert [c.op for c in explain(model, x) if "gradient" not in c.call] == ["aeup.upsample_conv2d", "aeup.group_norm"]
+    close([copy.deepcopy(model)(x), torch.compile(model, backend="eager")(x)], [plain(x)] * 2)
+
+
+@pytest.mark.parametrize("make", [Helped, Heir])
+def test_methods_that_a_forward_calls(make):
+    model, x = make().double(), torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    plain = copy.deepcopy(model)
+    report = swap(model)
+    name = make.__name__
+    own = ("_add", "_up") if make is Helped else ("_up",)
+    assert [(r.path, r.was, r.status) for r in report.rows] == [
+        ("", f"fixed of {name}", "left"),
+        *(("", f"{method} of {name}", "replaced") for method in own),
+        ("conv", "interpolate -> Conv2d", "fused"),
+        ("norm", "GroupNorm -> F.silu", "fused"),
+    ]
+    assert report.rows[0].reason == "it is not a Python function; see aeup.intercept"
+    for again in (model, pickle.loads(pickle.dumps(model))):
+        close(output_and_gradients(again, x), output_and_gradients(plain, x))
+        close([again.decode(x, x), again.export(x)], [plain.decode(x, x), plain.export(x)])
+    assert type(model.norm) is nn.GroupNorm and not [r for r in swap(model).rows if r.status != "left"]
+    ops = [c.op for c in explain(model, x) if "gradient" not in c.call]
+    assert ops == ["aeup.upsample_conv2d", "aeup.group_norm"] + ["aeup.interpolate"] * (make is Helped)
+    close([unswap(model)(x)], [plain(x)])
+    assert swap(make(), fuse=False).replaced and not swap(make(), fuse=False).fused
+    model._add = lambda x, y: x
+    assert not any(r.was.startswith("_add") for r in swap(model).replaced)
+    assert model(x).shape == plain(x).shape
 
 
 @pytest.mark.parametrize("name", ["forward", "tried", "kept", "twice", "used", "indexed", "local"])
@@ -277,7 +390,7 @@ def test_forwards_that_are_left():
     for cls, reason in (
         (Private, "private to its class"),
         (Curious, "own variables"),
-        (Decorated, "decorated"),
+        (Partial, "does not show what it calls"),
         (Cached, "not a Python function"),
         (Steps, "a generator"),
         (Short, "not a plain function"),
@@ -287,7 +400,7 @@ def test_forwards_that_are_left():
         assert reason in report.left[0].reason and type(model) is cls and "intercept" in report.left[0].reason
     assert swap(Shadowed()).rows == []
     with intercept() as mode:
-        Shadowed()(x), Private()(x), Decorated()(x)
+        Shadowed()(x), Private()(x), Partial()(x)
     assert len(mode.calls) == 1 and mode.calls[0].count == 3
     space = {"nn": nn, "F": F}
     exec("class Typed(nn.Module):\n    def forward(self, x):\n        return F.interpolate(x, scale_factor=2)", space)

@@ -14,8 +14,7 @@ from torch import nn
 
 import aeup
 from aeup import swap, unswap
-from aeup.adapters import rewrite
-from aeup.adapters.pairs import norm_names
+from aeup.adapters import norm_names, rewrite
 from aeup.ops import group_norm as norms
 
 pytestmark = pytest.mark.usefixtures("one_thread", "own_kernels")
@@ -184,6 +183,21 @@ def test_what_changes_after_the_swap_runs_one_by_one():
     close(output_and_gradients(model, x), output_and_gradients(plain, x))
 
 
+def test_a_second_swap_changes_nothing():
+    """A norm in a pair keeps its class."""
+    model, x = made()
+    model = nn.Sequential(nn.Sequential(nn.GroupNorm(2, 4), nn.ReLU()), model, nn.GroupNorm(2, 4)).double()
+    plain = copy.deepcopy(model)
+    swap(model[1]), swap(model)
+    classes = classes_of(model)
+    again = swap(model)
+    assert not again.replaced and not again.fused and classes_of(model) == classes
+    assert type(model[1].norm1) is type(model[0][0]) is nn.GroupNorm and type(model[2]) is aeup.GroupNorm
+    close(output_and_gradients(model, x), output_and_gradients(plain, x))
+    model[1].act = nn.Softplus()  # so that only one is in a pair
+    assert [r.path for r in swap(model).replaced] == ["1.norm1", "1.norm3"]
+
+
 def test_the_compiler_and_transforms():
     model, x = made()
     plain = copy.deepcopy(model)
@@ -220,7 +234,7 @@ class Whole(nn.Module):
 def test_diffusers_autoencoder_has_no_pair_left():
     model = autoencoder()
     report = swap(model)
-    norms = sum(type(m) is nn.GroupNorm for m in model.modules())
+    norms = sum(isinstance(m, nn.GroupNorm) for m in model.modules())
     assert norms == sum(r.was == "GroupNorm -> SiLU" for r in report.fused) + 2
     assert {(r.path.split(".")[-1], r.reason) for r in report.left} == {
         ("group_norm", "its input has 3 dimensions: aeup normalises images")
@@ -238,7 +252,7 @@ def test_diffusers_autoencoder(layout):
         theirs = output_and_gradients(copy.deepcopy(plain).to(dtype), x.to(dtype))
         model = copy.deepcopy(plain).to(dtype)
         swap(model)
-        assert len(ops(model, x.to(dtype))) == sum(type(m) is nn.GroupNorm for m in model.modules()) - 2
+        assert len(ops(model, x.to(dtype))) == sum(isinstance(m, nn.GroupNorm) for m in model.modules()) - 2
         ours = output_and_gradients(model, x.to(dtype))
         if dtype is torch.float64:
             close(ours, want)
@@ -265,6 +279,13 @@ def test_diffusers_unet_with_time_embeddings():
         want = unet(x, 3).sample
         report = swap(unet)
         assert any(r.path == "conv_norm_out, conv_act" for r in report.fused)
+        # The second norm of a block is called in both ways.
+        second = [r for r in report.fused if ".norm2" in r.path]
+        assert second and all(r.now == "aeup.GroupNorm with activation, where one follows" for r in second)
+        assert {type(m.norm2) for m in unet.modules() if hasattr(m, "norm2")} == {aeup.GroupNorm}
+        assert {type(m.norm1) for m in unet.modules() if hasattr(m, "norm1")} == {nn.GroupNorm}
+        assert len(ops(unet, x, 3)) == sum(isinstance(m, nn.GroupNorm) for m in unet.modules()) - len(report.left)
+        assert not swap(unet).replaced
         torch.testing.assert_close(unet(x, 3).sample, want, rtol=1e-9, atol=1e-9)
 
 

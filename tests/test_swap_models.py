@@ -136,7 +136,7 @@ MODELS = {
     "sequential": (sequential, (2, 4, 5, 3), (3, 3)),
     "pose": (PoseHead, (2, 12, 5, 3), (3, 3)),
     "unet": (Unet, (2, 3, 10, 6), (2, 1)),
-    "AutoencoderKL": (vae, (2, 4, 5, 7), (20, 19)),
+    "AutoencoderKL": (vae, (2, 4, 5, 7), (29, 19)),
     "AutoencoderTiny": (tiny, (2, 4, 5, 7), (2, 2)),
     "AutoencoderDC": (dc, (2, 4, 5, 7), (2, 1)),
     "smp.Unet": (smp("Unet", decoder_channels=(8, 6, 4)), (2, 3, 32, 24), (3, 9)),

@@ -1,4 +1,5 @@
-"""How :func:`aeup.swap` changes a module: its class becomes a subclass made here, which only has another forward.
+"""How :func:`aeup.swap` changes a module: its class becomes a subclass made here, which only has another forward
+(and other methods, where they upsample).
 
 Parameters, buffers, attributes, hooks and the class's name stay what they are; the subclass pickles and copies as a
 recipe (original class, kind), so that nothing but the importable original class needs to exist to load it.
@@ -17,9 +18,22 @@ from torch import nn
 
 from aeup.adapters import pairs
 from aeup.adapters.pairs import NormNames
-from aeup.adapters.rewrite import Refusal, names_upsampling, rewrite
+from aeup.adapters.rewrite import Refusal, is_foreign, methods, norm_names, rewrite, rewritten
 
-__all__ = ["KNOWN", "Adapter", "Refusal", "derive", "kind_of", "known", "names_upsampling", "original_of", "rewrite"]
+__all__ = [
+    "KNOWN",
+    "Adapter",
+    "Refusal",
+    "derive",
+    "is_foreign",
+    "kind_of",
+    "known",
+    "methods",
+    "norm_names",
+    "original_of",
+    "paired_norms",
+    "rewrite",
+]
 
 MARK = "_aeup_original"
 
@@ -67,23 +81,23 @@ def known(cls: type) -> Adapter | None:
 
 @lru_cache(None)
 def derive(original: type, kind: str) -> type:
-    """The subclass of `original` with another forward. Kinds: "sequence", "calls" (only calls replaced), "pairs" (and
-    pairs fused; see :func:`kind_of`), "known" (an adapter's). Raises Refusal."""
+    """The subclass of `original` with another forward (and other methods that it may call). Kinds: "sequence", "calls"
+    (only calls replaced), "pairs" (and pairs fused; see :func:`kind_of`), "known" (an adapter's). Raises Refusal."""
     if kind == "sequence":
-        forward = pairs.forward_of_sequence
+        made = {"forward": pairs.forward_of_sequence}
     elif kind == "known":
         try:
             plain = rewrite(original.forward, True).forward
         except Refusal:
             plain = original.forward
-        forward = known(original).forward(plain)
+        made = {"forward": known(original).forward(plain)}
     else:
-        kind_, _, names = kind.partition(":")
-        names = NormNames(*(tuple(filter(None, n.split(","))) for n in names.split(";"))) if names else pairs.NO_NORMS
-        forward = rewrite(original.forward, kind_ == "pairs", names).forward
+        found = rewritten(original, kind.startswith("pairs"), names_of(kind))
+        made = {name: of.forward for name, of in found.items()}
     body = {
-        "forward": forward,
+        **made,
         "__reduce_ex__": _reduce,
+        "__prepare_scriptable__": _no_script,
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
@@ -96,9 +110,40 @@ def derive(original: type, kind: str) -> type:
         raise Refusal(f"its class cannot be derived from: {error}") from error
 
 
+def _no_script(self):
+    raise RuntimeError(
+        f"torch.jit.script does not know aeup, which aeup.swap put into this {type(self).__name__}: call "
+        "aeup.unswap(model) first, or use torch.jit.trace, which records torch's own operators"
+    )
+
+
 def kind_of(names: NormNames) -> str:
     """The kind "pairs" for a module with these group norms and activations."""
     return "pairs:" + ";".join(map(",".join, names)) if names.norms else "pairs"
+
+
+def names_of(kind: str) -> NormNames:
+    """What :func:`kind_of` was given."""
+    names = kind.partition(":")[2]
+    return NormNames(*(tuple(filter(None, n.split(","))) for n in names.split(";"))) if names else pairs.NO_NORMS
+
+
+def paired_norms(module: nn.Module) -> list[nn.Module]:
+    """Of a swapped module: the norms that run with the activation after them, as long as nothing changes."""
+    kind, names = type(module).__dict__.get("_aeup_kind", ""), module._modules
+    if kind == "sequence":
+        modules = list(names.values())
+        return [modules[at] for at, _, reason in pairs.pairs_in(module) if reason is None]
+    if not kind.startswith("pairs:"):
+        return []
+    found = rewritten(original_of(module), True, names_of(kind)).values()
+    alone = {name for made in found for name in made.alone}
+    return [
+        names[n]
+        for made in found
+        for n, after in made.norms
+        if n in names and n not in alone and not pairs.refuses_activated(names[n], names.get(after))
+    ]
 
 
 def _reduce(self, protocol):

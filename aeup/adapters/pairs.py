@@ -42,7 +42,7 @@ ACTIVATION_FUNCTIONS = {
     torch.sigmoid: "sigmoid",
 }  # called with one argument
 _NORMS = (nn.BatchNorm2d, nn.LazyBatchNorm2d, nn.SyncBatchNorm, nn.GroupNorm)  # and subclasses: served, or named
-_SERVED = (*_ACTIVATIONS, nn.LeakyReLU, nn.GELU)  # perhaps: by their arguments
+SERVED = (*_ACTIVATIONS, nn.LeakyReLU, nn.GELU)  # perhaps: by their arguments
 
 
 class Resampling(NamedTuple):
@@ -86,12 +86,13 @@ def refuses_upsampling(up: Resampling) -> str | None:
     return "recompute_scale_factor is not fused" if up.recompute_scale_factor else None
 
 
-def serves_alone(module: nn.Module) -> bool:
-    """Whether a convolution without an upsampling gains by aeup: its bias, or an activation, is added in the kernel."""
+def serves_alone(module: nn.Module, bias: bool = True) -> bool:
+    """Whether a convolution without an upsampling gains by aeup: its bias, or an activation, is added in the kernel.
+    `bias` False: whether it would, with a bias."""
     return (
         type(module) in CONVOLUTIONS
         and _refuses_alone(module) is None
-        and module.bias is not None
+        and (module.bias is not None or not bias)
         and module.groups == 1
         and min(module.in_channels, module.out_channels) >= 16
         and min(module.kernel_size) > 1
@@ -174,7 +175,12 @@ def refuses_activation(module: nn.Module, after: nn.Module | None = None) -> str
 
 def is_sequence(module: nn.Module) -> bool:
     """An nn.Sequential, or a subclass that runs as one."""
-    return isinstance(module, nn.Sequential) and type(module).forward in (nn.Sequential.forward, forward_of_sequence)
+    cls = type(module)
+    return (
+        isinstance(module, nn.Sequential)
+        and cls.forward in (nn.Sequential.forward, forward_of_sequence)
+        and cls.__iter__ is nn.Sequential.__iter__  # its forward takes what that gives
+    )
 
 
 def first_of(module: nn.Module) -> nn.Module:
@@ -300,15 +306,6 @@ class NormNames(NamedTuple):
 NO_NORMS = NormNames()
 
 
-def norm_names(module: nn.Module) -> NormNames:
-    """Empty where its forward cannot have a pair of them."""
-    norms = tuple(sorted(n for n, m in module._modules.items() if type(m) in GROUP_NORMS))
-    activations = tuple(sorted(n for n, m in module._modules.items() if type(m) in _SERVED))
-    code = getattr(type(module).forward, "__code__", None)
-    functions = code is not None and not {f.__name__ for f in ACTIVATION_FUNCTIONS}.isdisjoint(code.co_names)
-    return NormNames(norms, activations) if norms and (activations or functions) else NO_NORMS
-
-
 def refuses_pair(module) -> str | None:
     """Why :func:`pair` would not fuse with `module`, or None."""
     return refuses_convolution(first_of(module))
@@ -332,11 +329,14 @@ def pairs_in(sequence: nn.Sequential) -> list[tuple[int, int, str | None]]:
                     size = 3
                 found.append((i, size, reason))
                 i += conv is after  # it belongs to this pair
-        elif serves_alone(module) and activation_of(*activation) is not None:
-            found.append((i, 2, None))
+        elif type(module) in CONVOLUTIONS and activation_of(*activation) is not None:
+            if serves_alone(module):
+                found.append((i, 2, None))
+            elif module.bias is None and serves_alone(module, bias=False):
+                found.append((i, 2, "without a bias it was not measured to be faster than torch"))
         elif isinstance(module, nn.ConvTranspose2d) and type(after).__module__ == "torch.nn.modules.activation":
             found.append((i, 2, refuses_transposed(module) or refuses_activation(*activation)))
-        elif isinstance(module, _NORMS) and type(after) in _SERVED:
+        elif isinstance(module, _NORMS) and type(after) in SERVED:
             found.append((i, 2, refuses_norm(module) or refuses_activation(*activation)))
         i += 1
     return found

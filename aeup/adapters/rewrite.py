@@ -1,5 +1,5 @@
-"""A module's own forward with its calls of torch's upsampling functions, and of its group norms, made aeup's: no code
-is copied from any library, and nothing is patched outside of the new function.
+"""A module's own forward, and the methods that it calls, with their calls of torch's upsampling functions, and of its
+group norms, made aeup's: no code is copied from any library, and nothing is patched outside of the new functions.
 
 The source is parsed, the calls are renamed to free variables of a function that surrounds it, and the result is
 compiled with the same globals, closure and line numbers. It is refused unless compiling the source as it stands gives
@@ -21,10 +21,13 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from aeup.adapters.pairs import (
     ACTIVATION_FUNCTIONS,
+    GROUP_NORMS,
     NO_NORMS,
+    SERVED,
     NormNames,
     Resampling,
     activated,
@@ -53,41 +56,78 @@ NAMES = frozenset(f.__name__ for f in _CALLS)
 class Rewritten(NamedTuple):
     """`calls`: the functions that were replaced, as the source writes them; `pairs`: the attributes of self ("conv",
     "head.0") that take an interpolate's result and now do so in one operation where they can; `norms`: group norms and
-    the activations after them, as attributes of self, or as the source writes a function."""
+    the activations after them, as attributes of self, or as the source writes a function; `alone`: norms that it calls
+    without an activation too, in another branch for example."""
 
     forward: Callable
     calls: tuple[str, ...] = ()
     pairs: tuple[str, ...] = ()
     norms: tuple[tuple[str, str], ...] = ()
+    alone: frozenset[str] = frozenset()
 
 
 class Refusal(Exception):
-    """Why a forward cannot be rewritten."""
+    """Why a method cannot be rewritten."""
 
 
-def names_upsampling(cls: type) -> bool:
-    """Whether the class's forward names one of the functions: a guess, made without reading its source."""
-    forward = inspect.unwrap(getattr(cls, "forward", None) or (lambda: None))
-    return isinstance(forward, types.FunctionType) and not NAMES.isdisjoint(forward.__code__.co_names)
+def is_foreign(cls: type) -> bool:
+    """Whether a class is a user's or a library's; the benchmarks' networks stand for a user's."""
+    return not cls.__module__.startswith(("torch.", "aeup.")) or cls.__module__.startswith("aeup.bench.")
+
+
+@lru_cache(None)
+def _reached(cls: type) -> dict[str, frozenset[str]]:
+    """The forward of a foreign class and the methods that it may call, with the names that each uses."""
+    own = {name for c in cls.__mro__ if is_foreign(c) for name in vars(c)}
+    found, waiting = {}, ["forward"]
+    for method in waiting:
+        function = inspect.unwrap(inspect.getattr_static(cls, method, None))
+        if isinstance(function, types.FunctionType):
+            codes = function.__code__, *_codes(function.__code__)
+            found[method] = names = frozenset(n for code in codes for n in code.co_names)
+            waiting += sorted(n for n in names & own if n not in waiting and not n.startswith("__"))
+    return found
+
+
+@lru_cache(None)
+def methods(cls: type, norms: NormNames = NO_NORMS) -> tuple[str, ...]:
+    """Those that name one of the functions, or one of the group norms: a guess, made without reading their source."""
+    wanted = NAMES.union(norms.norms)
+    return tuple(method for method, names in _reached(cls).items() if not names.isdisjoint(wanted))
+
+
+def norm_names(module: nn.Module) -> NormNames:
+    """Empty where its forward cannot have a pair of them."""
+    norms, activations = (
+        tuple(sorted(n for n, m in module._modules.items() if type(m) in kinds)) for kinds in (GROUP_NORMS, SERVED)
+    )
+    if norms and not activations:
+        functions = {f.__name__ for f in ACTIVATION_FUNCTIONS}
+        return (
+            NO_NORMS
+            if all(names.isdisjoint(functions) for names in _reached(type(module)).values())
+            else NormNames(norms)
+        )
+    return NormNames(norms, activations) if norms else NO_NORMS
 
 
 @lru_cache(None)
 def rewrite(forward: Callable, fuse: bool, norms: NormNames = NO_NORMS) -> Rewritten:
-    """A forward by aeup, or as it is where it calls none of the functions. Raises Refusal."""
+    """A method, as its class holds it, by aeup, or as it is where it calls none of the functions. Raises Refusal."""
     if not isinstance(forward, types.FunctionType):
-        raise Refusal("its forward is not a Python function")
+        raise Refusal("it is not a Python function")
     if hasattr(forward, "__wrapped__"):
-        raise Refusal("its forward is decorated")
+        return _rewrapped(forward, fuse, norms)
     definition = _definition(forward)
     code = forward.__code__
     names = {n.attr if isinstance(n, ast.Attribute) else n.id for n in ast.walk(definition)
              if isinstance(n, (ast.Attribute, ast.Name))}  # fmt: skip
     if not names.isdisjoint(("locals", "vars", "eval", "exec")):
-        raise Refusal("its forward looks at its own variables")
+        raise Refusal("it looks at its own variables")
     if any(n.startswith("__") and not n.endswith("__") for n in names):
-        raise Refusal("its forward uses names that are private to its class")
+        raise Refusal("it uses names that are private to its class")
     if inspect.iscoroutinefunction(forward) or inspect.isgeneratorfunction(forward):
-        raise Refusal("its forward is a generator or a coroutine")
+        raise Refusal("it is a generator or a coroutine")
     rewriter = _Rewriter(forward, definition, fuse, norms)
     definition.body = rewriter.statements(definition.body)
     if not rewriter.calls:
@@ -101,14 +141,59 @@ def rewrite(forward: Callable, fuse: bool, norms: NormNames = NO_NORMS) -> Rewri
     outer.args, outer.body = arguments, [definition, result]
     module = ast.fix_missing_locations(ast.Module([outer], []))
     made = compile(module, code.co_filename, "exec", code.co_flags & _FUTURE, dont_inherit=True)
-    made = next(c for c in _codes(made) if c.co_name == code.co_name and c.co_firstlineno == code.co_firstlineno)
+    made = next(c for c in _codes(made) if c.co_name == code.co_name and c.co_firstlineno == definition.lineno)
     cells = dict(zip(code.co_freevars, forward.__closure__ or (), strict=True))
     cells |= {name: types.CellType(value) for name, value in _FREE.items()}
     closure = tuple(cells[name] for name in made.co_freevars)
-    new = types.FunctionType(made, forward.__globals__, forward.__name__, forward.__defaults__, closure)
-    new.__kwdefaults__, new.__annotations__ = forward.__kwdefaults__, forward.__annotations__
-    new.__doc__, new.__qualname__, new.__module__ = forward.__doc__, forward.__qualname__, forward.__module__
-    return Rewritten(new, tuple(rewriter.calls.values()), tuple(rewriter.pairs), tuple(rewriter.norms))
+    new = _like(forward, made, closure)
+    called = {rewriter.attribute_of_self(n.func) for n in ast.walk(definition) if isinstance(n, ast.Call)}
+    alone = called.intersection(norms.norms)
+    return Rewritten(
+        new, tuple(rewriter.calls.values()), tuple(rewriter.pairs), tuple(rewriter.norms), frozenset(alone)
+    )
+
+
+@lru_cache(None)
+def rewritten(cls: type, fuse: bool, norms: NormNames = NO_NORMS) -> dict[str, Rewritten]:
+    """The forward and the other :func:`methods` of a class that :func:`rewrite` changes."""
+    found = {}
+    for name in methods(cls, norms):
+        try:
+            found[name] = rewrite(inspect.getattr_static(cls, name), fuse, norms)
+        except Refusal:
+            continue
+    return {name: made for name, made in found.items() if made.calls}
+
+
+def _like(function: types.FunctionType, code: types.CodeType, closure: tuple) -> types.FunctionType:
+    new = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, closure)
+    new.__kwdefaults__, new.__annotations__ = function.__kwdefaults__, function.__annotations__
+    new.__doc__, new.__qualname__, new.__module__ = function.__doc__, function.__qualname__, function.__module__
+    new.__dict__.update(function.__dict__)
+    return new
+
+
+def _rewrapped(wrapper: types.FunctionType, fuse: bool, norms: NormNames) -> Rewritten:
+    """A decorator's function (functools.wraps) around the rewritten forward, where a variable of its holds that."""
+    inner = wrapper.__wrapped__
+    cells = wrapper.__closure__ or ()
+    at = [i for i, cell in enumerate(cells) if _content(cell) is inner]
+    if len(at) != 1:
+        raise Refusal("it is decorated, and the decorator does not show what it calls")
+    found = rewrite(inner, fuse, norms)
+    if not found.calls:
+        return found._replace(forward=wrapper)
+    closure = (*cells[: at[0]], types.CellType(found.forward), *cells[at[0] + 1 :])
+    new = _like(wrapper, wrapper.__code__, closure)
+    new.__dict__.update({name: found.forward for name, value in new.__dict__.items() if value is inner})
+    return found._replace(forward=new)
+
+
+def _content(cell: types.CellType):
+    try:
+        return cell.cell_contents
+    except ValueError:  # empty
+        return None
 
 
 def _codes(code: types.CodeType):
@@ -136,9 +221,12 @@ def _definition(forward: types.FunctionType) -> ast.FunctionDef:
     if code not in codes:
         raise Refusal("its source is not what runs")
     for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef) and node.name == code.co_name and node.lineno == code.co_firstlineno:
-            return copy.deepcopy(node)
-    raise Refusal("its forward is decorated, or not a plain function")
+        if isinstance(node, ast.FunctionDef) and node.name == code.co_name:
+            if code.co_firstlineno == min([node.lineno, *(d.lineno for d in node.decorator_list)]):
+                node = copy.deepcopy(node)
+                node.decorator_list = []  # what they made of the function is around it, or in its attributes
+                return node
+    raise Refusal("it is not a plain function")
 
 
 class _Rewriter(ast.NodeTransformer):

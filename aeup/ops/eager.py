@@ -13,6 +13,11 @@ transforms_active = torch._C._are_functorch_transforms_active
 forward_ad = torch.autograd.forward_ad
 
 
+def scripted() -> bool:
+    """Whether torch.jit.trace records: torch's operators then, as TorchScript runs without aeup, and at any size."""
+    return _tracing() is not None
+
+
 def traced(a: Tensor, b: Tensor | None = None, c: Tensor | None = None) -> bool:
     """Whether something watches the operators: the compiler, a mode, a subclass, a tracer."""
     return (
@@ -21,7 +26,7 @@ def traced(a: Tensor, b: Tensor | None = None, c: Tensor | None = None) -> bool:
         or (b is not None and type(b) not in _PLAIN)
         or (c is not None and type(c) not in _PLAIN)
         or _modes_active() != 0
-        or _tracing() is not None
+        or scripted()
     )
 
 

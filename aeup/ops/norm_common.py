@@ -14,7 +14,7 @@ from torch._prims_common import suggest_memory_format
 
 from aeup.backends import Op, choose
 from aeup.ops import compiled
-from aeup.ops.eager import MOST_PLANS, traced, transforms_active
+from aeup.ops.eager import MOST_PLANS, scripted, traced, transforms_active
 
 
 def arithmetic(x: Tensor) -> torch.dtype:
@@ -42,8 +42,8 @@ def instructions(device: torch.device) -> str:
 
 
 def of_the_compiler(x: Tensor) -> bool:
-    """On the CPU the compiler joins torch's operators to their neighbours."""
-    return x.is_cpu and torch.compiler.is_compiling()
+    """On the CPU the compiler joins torch's operators to their neighbours; TorchScript has torch's operators only."""
+    return (x.is_cpu and torch.compiler.is_compiling()) or scripted()
 
 
 def registered(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
