@@ -202,9 +202,21 @@ def test_registered_operator_is_the_function():
     torch.testing.assert_close(*found)
 
 
+def torch_refuses(shape) -> bool:
+    """torch 2.14 refuses an image without pixels."""
+    try:
+        return F.group_norm(torch.empty(shape), 1) is None
+    except RuntimeError:
+        return True
+
+
 def test_operator_of_an_empty_batch():
     for shape in ((0, 4, 3, 2), (2, 4, 0, 2)):
         x, weight, bias = tensors(shape)
+        if torch_refuses(shape):
+            with pytest.raises(RuntimeError, match="greater than 0"):
+                forward(x, 2, weight, bias)
+            continue
         y, mean, invstd = forward(x, 2, weight, bias)
         assert y.shape == x.shape and mean.shape == invstd.shape == (shape[0] * 2,)
         found = backward(y, x, mean, invstd, weight, bias, 2, "relu", 0.0, [True, True, True])
@@ -367,6 +379,10 @@ def test_errors_of_ours():
 @pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 3, 0, 4)])
 def test_empty(native, shape):
     x = torch.empty(shape, requires_grad=True)
+    if torch_refuses(shape):
+        with pytest.raises(RuntimeError, match="greater than 0"):
+            aeup.GroupNorm(3, 3, activation="relu")(x)
+        return
     y = aeup.GroupNorm(3, 3, activation="relu")(x)
     assert y.shape == nn.GroupNorm(3, 3)(x).shape == shape and (native is None or not native.calls)
     y.sum().backward()
