@@ -13,7 +13,7 @@ from aeup.ops import group_norm as group_norms
 from aeup.ops.conv2d import CONV2D
 from aeup.ops.conv_shapes import Geometry, geometry, int_pair, of_convolution, same_padding
 from aeup.ops.conv_transpose2d import CONV_TRANSPOSE2D
-from aeup.ops.eager import scripted, transforms_active
+from aeup.ops.eager import plain, scripted, transforms_active
 from aeup.ops.epilogue import ACTIVATIONS, activate
 from aeup.ops.interpolate import MODES, PLANS, Map, map_of, reference, resample
 from aeup.ops.interpolate import Plan as ResamplePlan
@@ -83,7 +83,7 @@ def interpolate(
     if shape[1] == 0:
         raise RuntimeError(f"Non-empty 4D data tensor expected but got a tensor with sizes {list(shape)}")
     m = map_of((shape[2], shape[3]), *options)
-    return resample(input, m) if key is None else ResamplePlan(key, input, m).run(input)
+    return resample(input, m) if key is None or not plain(options) else ResamplePlan(key, input, m).run(input)
 
 
 def conv_transpose2d(

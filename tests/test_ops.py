@@ -1,7 +1,9 @@
 """The registered operators: opcheck, gradients of any order, transforms, compile, export, autocast; torch's OpInfo."""
 
+from fractions import Fraction
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -221,6 +223,20 @@ BAD = [
     (X[:, :0], {"size": 4}, r"\[2, 0, 4, 5\]"),
     (X, {"scale_factor": -1.0}, "greater than 0"),
     (X.int(), {"scale_factor": 2}, "not implemented for 'Int'"),
+    (X, {"size": (True, 4)}, "size with types.*bool"),
+    (X, {"size": True}, "size with types.*bool"),
+    (X, {"size": np.array([8])}, "scalar"),
+    (X, {"scale_factor": np.array([2.0, 3.0])}, "scale_factor with types.*ndarray"),
+    (X, {"scale_factor": np.array(2.0)}, "scale_factor with types.*ndarray"),
+    (X, {"scale_factor": torch.tensor(2.0)}, "scale_factor with types.*Tensor"),
+    (X, {"scale_factor": (torch.tensor(2.0), 2)}, "scale_factor with types.*Tensor"),
+    (X, {"scale_factor": Fraction(3, 2)}, "scale_factor with types.*Fraction"),
+    (X, {"scale_factor": "2"}, "scale_factor with types.*str"),
+    (X, {"scale_factor": (2, float("nan")), "recompute_scale_factor": True}, "scale_factor must be finite"),
+    (X, {"scale_factor": float("inf"), "recompute_scale_factor": True}, "scale_factor must be finite"),
+    (X, {"size": (2**64, 4)}, r"output size.*2\^63"),
+    (X, {"scale_factor": 1e30, "recompute_scale_factor": True}, r"output size.*2\^63.*1e\+30"),
+    (X, {"size": 8, "mode": "bilinear", "align_corners": 1}, "align_corners must be a bool"),
     (X[0, 0], {"scale_factor": 2}, ""),
     (X, {"scale_factor": 2, "mode": "cubic"}, ""),
 ]
@@ -232,6 +248,22 @@ def test_bad_input(x, kwargs, message):
         F.interpolate(x, **kwargs)
     with pytest.raises(theirs.type, match=message):
         aeup.interpolate(x, **kwargs)
+
+
+def test_options_of_other_kinds():
+    """What torch takes besides ints, floats and bools; and a call is not taken for one whose options have its bytes."""
+    for kwargs in (
+        {"size": (np.int64(8), 9)},
+        {"scale_factor": np.float32(2.1)},
+        {"scale_factor": (np.int64(2), True)},
+        {"scale_factor": torch.tensor(1.7), "recompute_scale_factor": True},
+        {"scale_factor": 2, "mode": "bilinear", "antialias": "yes"},
+    ):
+        for _ in range(2):
+            torch.testing.assert_close(aeup.interpolate(X, **kwargs), F.interpolate(X, **kwargs))
+    assert aeup.interpolate(X, np.int64(8)).shape == (2, 3, 8, 8)
+    with pytest.raises(TypeError):
+        aeup.interpolate(X, np.array([8]))
 
 
 @pytest.mark.parametrize("scale", (float("nan"), float("inf")))

@@ -8,6 +8,7 @@ import math
 from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
@@ -18,6 +19,7 @@ from aeup.ops.eager import MOST_PLANS, exact, forward_ad, traced, transforms_act
 
 MODES = ("nearest", "nearest-exact", "bilinear", "bicubic")
 _MODE_NUMBER = {mode: i for i, mode in enumerate(MODES)}
+_NUMBERS = (int, float, torch.SymInt, torch.SymFloat, np.generic)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -49,6 +51,8 @@ def map_of(spatial, size, scale_factor, mode, align_corners, recompute_scale_fac
             "Anti-alias option is restricted to bilinear, bicubic, and lanczos modes and requires a 4-D tensor as "
             f"input; got antialias={antialias} with mode={mode!r}"
         )
+    if align_corners is not None and not isinstance(align_corners, bool):
+        raise TypeError(f"align_corners must be a bool or None, got {align_corners!r}")
     ih, iw = spatial
     scale_h = scale_w = None
     if size is not None:
@@ -59,13 +63,21 @@ def map_of(spatial, size, scale_factor, mode, align_corners, recompute_scale_fac
         if recompute_scale_factor:
             raise ValueError("recompute_scale_factor is not meaningful with an explicit size.")
         oh, ow = _pair(size, "output size", "output size of {}", "output size in (o1, o2, ...,oK)", spatial)
-        if not (isinstance(oh, (int, torch.SymInt)) and isinstance(ow, (int, torch.SymInt))):
+        if not (type(oh) is type(ow) is int):
             oh, ow = _as_ints(oh, ow)
     elif scale_factor is not None:
         form = "scale_factor of shape {}"
         scale_h, scale_w = _pair(scale_factor, "scale_factor", form, "scale_factor in (s1, s2, ...,sK)", spatial)
+        if not (type(scale_h) is type(scale_w) is float):
+            scale_h, scale_w = _as_numbers(scale_h, scale_w, recompute_scale_factor)
         if not (0 < scale_h < math.inf and 0 < scale_w < math.inf):
-            raise RuntimeError(
+            kind = RuntimeError
+            if recompute_scale_factor:  # torch rounds before it looks
+                both = (scale_h, scale_w)
+                kind = (
+                    ValueError if any(map(math.isnan, both)) else OverflowError if math.inf in map(abs, both) else kind
+                )
+            raise kind(
                 f"scale_factor must be finite and greater than 0, got {scale_factor} (input sizes H: {ih}, W: {iw})"
             )
         oh, ow = torch.sym_int(ih * scale_h), torch.sym_int(iw * scale_w)
@@ -75,12 +87,14 @@ def map_of(spatial, size, scale_factor, mode, align_corners, recompute_scale_fac
             scale_h, scale_w = float(scale_h), float(scale_w)
     else:
         raise ValueError("either size or scale_factor should be defined")
+    if (recompute_scale_factor or size is not None) and any(type(o) is int and o >= 2**63 for o in (oh, ow)):
+        raise TypeError(f"output size (H: {oh}, W: {ow}) must be less than 2^63; got {size=}, {scale_factor=}")
     if ih < 1 or iw < 1 or oh < 1 or ow < 1:
         raise RuntimeError(
             f"Input and output sizes should be greater than 0, but got input (H: {ih}, W: {iw}) output (H: {oh}, "
             f"W: {ow})"
         )
-    return Map(ih, iw, oh, ow, mode, bool(align_corners), antialias, scale_h, scale_w)
+    return Map(ih, iw, oh, ow, mode, bool(align_corners), bool(antialias), scale_h, scale_w)
 
 
 def _pair(value, name, given, form, spatial):
@@ -99,12 +113,25 @@ def _pair(value, name, given, form, spatial):
 def _as_ints(oh, ow):
     """Integer-like sizes (numpy integers, 0-d integer tensors) as ints."""
     for x in (oh, ow):
-        if isinstance(x, (float, bool)) or not hasattr(x, "__index__"):
+        if isinstance(x, (float, bool)) or not (hasattr(x, "__index__") or isinstance(x, torch.SymInt)):
             raise TypeError(
                 "expected size to be one of int or Tuple[int] or Tuple[int, int] or Tuple[int, int, int], but got "
                 f"size with types {[type(oh), type(ow)]}"
             )
-    return oh.__index__(), ow.__index__()
+    return tuple(x if isinstance(x, torch.SymInt) else x.__index__() for x in (oh, ow))
+
+
+def _as_numbers(scale_h, scale_w, recompute_scale_factor):
+    """Scale factors of the kinds that torch takes; more of them, as it rounds by `float`, where it recomputes."""
+    given = scale_h, scale_w
+    if all(isinstance(x, _NUMBERS) for x in given):
+        return given
+    if recompute_scale_factor and not any(isinstance(x, str) for x in given):
+        return float(scale_h), float(scale_w)
+    raise TypeError(
+        "expected scale_factor to be one of float or Tuple[float, float], but got scale_factor with types "
+        f"{[type(x) for x in given]}"
+    )
 
 
 # --- kernels. Each takes (src, map, backward): the input, or the gradient of the output; and gives the other side. ---
