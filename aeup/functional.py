@@ -138,6 +138,7 @@ def conv_transpose2d(
     plan = None if key is None else CONV_TRANSPOSE2D.plans.get(key)
     if plan is not None:
         return plan.run(x, w, b)
+    key = key if key is None or plain(options) else None
     name, slope = parse_activation(activation)
     if not (isinstance(x, Tensor) and isinstance(w, Tensor) and (b is None or isinstance(b, Tensor))):
         return F.conv_transpose2d(input, weight, bias)  # raises
@@ -264,6 +265,7 @@ def conv2d(
     plan = None if key is None else CONV2D.plans.get(key) or UPSAMPLE_CONV2D.plans.get(key)
     if plan is not None:
         return plan.run(x, w, b)
+    key = key if key is None or plain(options) else None
     name, slope = parse_activation(activation)
     if not (isinstance(x, Tensor) and isinstance(w, Tensor) and (b is None or isinstance(b, Tensor))):
         return F.conv2d(input, weight, bias)  # raises
@@ -362,6 +364,7 @@ def upsample_conv2d(
     plan = None if key is None else UPSAMPLE_CONV2D.plans.get(key)
     if plan is not None:
         return plan.run(x, w, b)
+    key = key if key is None or plain(options) else None
     name, slope = parse_activation(activation)
     for what, t in (("input", x), ("weight", w), ("bias", b)):
         if not isinstance(t, Tensor) and (t is not None or what != "bias"):
@@ -377,16 +380,17 @@ def upsample_conv2d(
                 f"aeup.upsample_conv2d: input and {what} should be of one dtype and device, got {x.dtype} on "
                 f"{x.device} and {t.dtype} on {t.device}"
             )
+    pads = g.ph, g.pw  # torch.compile of torch 2.10 knows no property of a named tuple
     if crop != (0, 0):
         y = upsample_conv2d(
-            x, w, b, scale_factor=scale_factor, mode=mode, align_corners=align_corners, padding=g.padding,
+            x, w, b, scale_factor=scale_factor, mode=mode, align_corners=align_corners, padding=pads,
             groups=groups, activation=activation, size=size,
         )  # fmt: skip
         return _cropped(y, crop, x, w)
     if x.dtype not in _FLOATS or not x.layout is w.layout is torch.strided:
         reason = "serves dense float64, float32, float16 or bfloat16 tensors"
         note_torch("aeup.upsample_conv2d", lambda: f"{list(x.shape)}, {x.dtype}", reason)
-        return activate(F.conv2d(reference(x, g.m, False), w, b, 1, g.padding, 1, groups), name, slope)
+        return activate(F.conv2d(reference(x, g.m, False), w, b, 1, pads, 1, groups), name, slope)
     return UPSAMPLE_CONV2D(key, x, w, b, g, name, slope)
 
 

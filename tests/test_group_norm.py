@@ -2,6 +2,7 @@
 operators; what the CUDA kernels are asked, by a stand-in for them."""
 
 import copy
+import inspect
 import itertools
 
 import pytest
@@ -239,6 +240,8 @@ def test_autocast_keeps_the_dtype(native):
 
 @pytest.mark.parametrize("options", [{}, {"affine": False}, {"bias": False}, {"eps": 0.1}], ids=str)
 def test_module(native, options):
+    if not options.keys() <= inspect.signature(nn.GroupNorm).parameters.keys():
+        pytest.skip("this torch has no such argument")
     torch.manual_seed(0)
     other = nn.Sequential(nn.GroupNorm(2, 4, **options), nn.SiLU())
     for t in other.parameters():

@@ -1,5 +1,6 @@
 """An eager call's plan is looked up by everything that its result or its kernel depends on."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import aeup
 from aeup import _native, tuned
 from aeup.ops.conv_transpose2d import CONV_TRANSPOSE2D
+from aeup.ops.interpolate import PLANS
 from aeup.ops.interpolate import plan_key as resample_key
 from aeup.ops.maps import plan_key
 
@@ -118,6 +120,23 @@ def test_a_plan_of_a_resampling_lets_no_wrong_size_through(wrong):
         aeup.interpolate(X, right)
     with pytest.raises(TypeError):
         aeup.interpolate(X, wrong)
+
+
+def test_the_shape_of_a_tensor_is_a_size():
+    x, like = torch.randn(1, 2, 3, 4), torch.randn(1, 1, 7, 5)
+    key = resample_key(x, (like.shape[2:], None, "nearest", None, None, False))
+    assert key is not None and key == resample_key(x, ((7, 5), None, "nearest", None, None, False))
+    assert aeup.interpolate(x, size=like.shape[2:]).shape == (1, 2, 7, 5)
+    assert key in PLANS
+
+
+@pytest.mark.parametrize("fn", [aeup.conv2d, aeup.conv_transpose2d])
+def test_numpy_options_have_no_plan(fn):
+    # its key would be the bytes of the number, which are those of an array of one too
+    x, w = torch.randn(1, 2, 6, 6), torch.randn(2, 2, 3, 3)
+    fn(x, w, stride=np.int64(2))
+    with pytest.raises((TypeError, RuntimeError)):
+        fn(x, w, stride=np.array([2]))
 
 
 def test_the_gradient_by_a_plan_follows_its_layout_and_can_be_differentiated():

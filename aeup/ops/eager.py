@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 MOST_PLANS = 4096  # of an op: sizes may change from call to call
-_KINDS = (int, float, bool, str)
+_KINDS, _ROWS = (int, float, bool, str), (tuple, list, torch.Size)
 _PLAIN = (Tensor, torch.nn.Parameter)
 _modes_active = torch._C._len_torch_dispatch_stack
 _tracing = torch._C._get_tracing_state
@@ -36,9 +36,11 @@ def exact(options: tuple) -> bytes | None:
     try:
         return marshal.dumps(options, 2)
     except ValueError:
-        return None
+        if torch.Size not in map(type, options):
+            return None
+        return exact(tuple(tuple(x) if type(x) is torch.Size else x for x in options))
 
 
 def plain(options: tuple) -> bool:
     """Whether no others have the key of these options: `exact` writes NumPy scalars and arrays as their bytes alone."""
-    return all(plain(x) if type(x) in (tuple, list) else x is None or type(x) in _KINDS for x in options)
+    return all(plain(x) if type(x) in _ROWS else x is None or type(x) in _KINDS for x in options)
