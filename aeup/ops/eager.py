@@ -4,6 +4,7 @@ import marshal
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 MOST_PLANS = 4096  # of an op: sizes may change from call to call
 _KINDS, _ROWS = (int, float, bool, str), (tuple, list, torch.Size)
@@ -22,12 +23,12 @@ def scripted() -> bool:
 def traced(a: Tensor, b: Tensor | None = None, c: Tensor | None = None) -> bool:
     """Whether something watches the operators: the compiler, a mode, a subclass, a tracer."""
     return (
-        torch.compiler.is_compiling()
+        is_compiling()
         or type(a) not in _PLAIN
         or (b is not None and type(b) not in _PLAIN)
         or (c is not None and type(c) not in _PLAIN)
         or _modes_active() != 0
-        or scripted()
+        or _tracing() is not None
     )
 
 
