@@ -11,7 +11,7 @@ from aeup.backends import note_torch
 from aeup.ops import batch_norm as norms
 from aeup.ops import group_norm as group_norms
 from aeup.ops.conv2d import CONV2D
-from aeup.ops.conv_shapes import Geometry, geometry, int_pair, of_convolution, same_padding
+from aeup.ops.conv_shapes import convolution_of_call, transposed_of_call
 from aeup.ops.conv_transpose2d import CONV_TRANSPOSE2D
 from aeup.ops.eager import plain, scripted, transforms_active
 from aeup.ops.epilogue import ACTIVATIONS, activate
@@ -142,7 +142,7 @@ def conv_transpose2d(
     name, slope = parse_activation(activation)
     if not (isinstance(x, Tensor) and isinstance(w, Tensor) and (b is None or isinstance(b, Tensor))):
         return F.conv_transpose2d(input, weight, bias)  # raises
-    g = _make_geometry(x.shape, w.shape, *options) if _go_together(x, w, b) and not scripted() else None
+    g = transposed_of_call(x.shape, w.shape, *options) if _go_together(x, w, b) and not scripted() else None
     if g is None or (b is not None and b.shape[0] != g.co):
         if input.dim() in (3, 4) and weight.dim() != 4:
             raise RuntimeError(
@@ -168,17 +168,6 @@ def _autocast(x, w, b) -> tuple:
     if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
         return autocast_to(device, x, w, b)
     return x, w, b
-
-
-def _make_geometry(x_shape, w_shape, stride, padding, output_padding, dilation, groups) -> Geometry | None:
-    pairs = [int_pair(a) for a in (stride, padding, output_padding, dilation)]
-    both = int_pair(groups)
-    if None in pairs or both is None or isinstance(groups, (list, tuple)):
-        return None
-    (sh, sw), (ph, pw), (oph, opw), (dh, dw) = pairs
-    if len(x_shape) == 3:
-        x_shape = (1, *x_shape)
-    return geometry(x_shape, w_shape, sh, sw, ph, pw, oph, opw, both[0], dh, dw)
 
 
 def parse_activation(activation: Activation) -> tuple[str | None, float]:
@@ -270,7 +259,7 @@ def conv2d(
     if not (isinstance(x, Tensor) and isinstance(w, Tensor) and (b is None or isinstance(b, Tensor))):
         return F.conv2d(input, weight, bias)  # raises
     served = _go_together(x, w, b) and not scripted()
-    g, crop = _convolution(x.shape, w.shape, *options) if served else (None, None)
+    g, crop = convolution_of_call(x.shape, w.shape, *options) if served else (None, None)
     if g is None or (b is not None and b.shape[0] != g.ci):
         named = dict(zip(("stride", "padding", "dilation", "groups"), options, strict=True))
         return _conv_by_torch(F.conv2d, input, weight, bias, named, name, slope)
@@ -283,23 +272,6 @@ def conv2d(
     same = Map(g.oh, g.ow, g.oh, g.ow, "nearest", False, False, None, None)
     alone = upsample_geometry("aeup.conv2d", same, g.co, w.shape, *g.padding, g.groups)
     return UPSAMPLE_CONV2D(key, x, w, b, alone, name, slope)
-
-
-def _convolution(x_shape, w_shape, stride, padding, dilation, groups) -> tuple[Geometry | None, tuple]:
-    """The geometry, and the rows and columns to leave out at the top and left ("same" with an even kernel)."""
-    pairs, crop, ones = [int_pair(a) for a in (stride, dilation, groups)], (0, 0), (1, 1)
-    if None in pairs or isinstance(groups, (list, tuple)) or len(w_shape) != 4:
-        return None, crop
-    strides, (dh, dw), (groups, _) = pairs
-    if isinstance(padding, str):
-        if padding != "valid" and (padding != "same" or strides != ones):
-            return None, crop
-        pads, crop = same_padding(w_shape[2:], (dh, dw)) if padding == "same" else ((0, 0), crop)
-    else:
-        pads = int_pair(padding)
-    if len(x_shape) == 3:
-        x_shape = (1, *x_shape)
-    return pads and of_convolution(x_shape, w_shape, *strides, *pads, groups, dh, dw), crop
 
 
 def _cropped(y: Tensor, crop: tuple, x: Tensor, w: Tensor) -> Tensor:

@@ -37,14 +37,16 @@ __all__ = [
 ]
 
 
-class _NoScript:
-    """Before a module of torch: torch.jit.script says why it cannot, in place of an error about this file's code."""
+def refuse_script(module: nn.Module):
+    """`__prepare_scriptable__` of aeup's modules: torch.jit.script says why it cannot."""
+    raise RuntimeError(
+        f"{type(module).__name__}: torch.jit.script does not know aeup. Call aeup.unswap(model) first, if aeup.swap "
+        "put it there, or use torch.jit.trace, which records torch's own operators"
+    )
 
-    def __prepare_scriptable__(self):
-        raise RuntimeError(
-            f"aeup.{type(self).__name__}: torch.jit.script does not know aeup. Call aeup.unswap(model) first, if "
-            "aeup.swap put it there, or use torch.jit.trace, which records torch's own operators"
-        )
+
+class _NoScript:
+    __prepare_scriptable__ = refuse_script
 
 
 class Upsample(_NoScript, nn.Upsample):

@@ -22,6 +22,7 @@ from aeup import tuned
 from aeup.ops import compiled
 from aeup.ops.conv2d import CONV2D
 from aeup.ops.conv_kernels import NUMBER
+from aeup.ops.conv_shapes import convolution_of_call
 from aeup.ops.epilogue import activate, reference
 
 pytestmark = pytest.mark.usefixtures("one_thread", "poison")
@@ -39,7 +40,7 @@ def test_the_function(case, dtype):
 
 def geometry_of(case, x, w):
     given = ((case.kwargs.get(name, least)) for name, least in (("stride", 1), ("padding", 0), ("dilation", 1)))
-    return aeup.functional._convolution(x.shape, w.shape, *given, case.kwargs.get("groups", 1))
+    return convolution_of_call(x.shape, w.shape, *given, case.kwargs.get("groups", 1))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -28,6 +28,7 @@ from map_cases import DRAWN, gradients_where, of_own_output, views_of
 
 import aeup
 from aeup.ops.conv_kernels import MAPS, W, X, Y
+from aeup.ops.conv_shapes import transposed_of_call
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -247,7 +248,7 @@ def test_the_gradient_kernels_of_both_backends():
     """Also where `auto` would not take them."""
     for case, layout in itertools.product(CASES, LAYOUTS):
         x, w, b, grad = case.tensors(torch.float32, layout)
-        g = aeup.functional._make_geometry(
+        g = transposed_of_call(
             x.shape, w.shape, *(case.kwargs.get(k, d) for k, d in ARGUMENTS), case.kwargs.get("groups", 1)
         )
         exact = run(by_torch, case, [t.double() for t in (x, w, b, grad)])

@@ -19,6 +19,7 @@ from torch import nn
 from aeup.adapters import pairs
 from aeup.adapters.pairs import NormNames
 from aeup.adapters.rewrite import Refusal, is_foreign, methods, norm_names, rewrite, rewritten
+from aeup.nn import refuse_script
 
 __all__ = [
     "KNOWN",
@@ -97,7 +98,7 @@ def derive(original: type, kind: str) -> type:
     body = {
         **made,
         "__reduce_ex__": _reduce,
-        "__prepare_scriptable__": _no_script,
+        "__prepare_scriptable__": refuse_script,
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
@@ -108,13 +109,6 @@ def derive(original: type, kind: str) -> type:
         return type(original)(original.__name__, (original,), body)
     except Exception as error:  # of a metaclass, or of __init_subclass__
         raise Refusal(f"its class cannot be derived from: {error}") from error
-
-
-def _no_script(self):
-    raise RuntimeError(
-        f"torch.jit.script does not know aeup, which aeup.swap put into this {type(self).__name__}: call "
-        "aeup.unswap(model) first, or use torch.jit.trace, which records torch's own operators"
-    )
 
 
 def kind_of(names: NormNames) -> str:

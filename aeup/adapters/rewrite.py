@@ -103,11 +103,8 @@ def norm_names(module: nn.Module) -> NormNames:
     )
     if norms and not activations:
         functions = {f.__name__ for f in ACTIVATION_FUNCTIONS}
-        return (
-            NO_NORMS
-            if all(names.isdisjoint(functions) for names in _reached(type(module)).values())
-            else NormNames(norms)
-        )
+        if all(names.isdisjoint(functions) for names in _reached(type(module)).values()):
+            return NO_NORMS
     return NormNames(norms, activations) if norms else NO_NORMS
 
 

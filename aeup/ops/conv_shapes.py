@@ -170,3 +170,33 @@ def _int(value):
     if isinstance(value, (bool, float)) or not hasattr(value, "__index__"):
         return None
     return value.__index__()
+
+
+def transposed_of_call(x_shape, w_shape, stride, padding, output_padding, dilation, groups) -> Geometry | None:
+    """The geometry of :func:`aeup.conv_transpose2d`; None where torch shall serve it, or raise its error."""
+    pairs = [int_pair(a) for a in (stride, padding, output_padding, dilation)]
+    both = int_pair(groups)
+    if None in pairs or both is None or isinstance(groups, (list, tuple)):
+        return None
+    (sh, sw), (ph, pw), (oph, opw), (dh, dw) = pairs
+    if len(x_shape) == 3:
+        x_shape = (1, *x_shape)
+    return geometry(x_shape, w_shape, sh, sw, ph, pw, oph, opw, both[0], dh, dw)
+
+
+def convolution_of_call(x_shape, w_shape, stride, padding, dilation, groups) -> tuple[Geometry | None, tuple]:
+    """Those of :func:`aeup.conv2d`, and the rows and columns to leave out at the top and left ("same" with an even
+    kernel)."""
+    pairs, crop, ones = [int_pair(a) for a in (stride, dilation, groups)], (0, 0), (1, 1)
+    if None in pairs or isinstance(groups, (list, tuple)) or len(w_shape) != 4:
+        return None, crop
+    strides, (dh, dw), (groups, _) = pairs
+    if isinstance(padding, str):
+        if padding != "valid" and (padding != "same" or strides != ones):
+            return None, crop
+        pads, crop = same_padding(w_shape[2:], (dh, dw)) if padding == "same" else ((0, 0), crop)
+    else:
+        pads = int_pair(padding)
+    if len(x_shape) == 3:
+        x_shape = (1, *x_shape)
+    return pads and of_convolution(x_shape, w_shape, *strides, *pads, groups, dh, dw), crop
