@@ -72,28 +72,45 @@ def test_activations(activation, dtype):
 
 ODD = Case("odd-output", (2, 4, 5, 3), (4, 3, 3, 3), {"stride": 2, "padding": 1})
 NARROW = Case("narrower-than-the-stride", (2, 3, 1, 2), (3, 4, 3, 5), {"stride": 2, "padding": (1, 3)})
-WAYS = [
-    (LARGE_FEW[0], torch.float32, "merged phases"),
-    (LARGE_FEW[1], torch.bfloat16, "merged phases"),
-    (LARGE_FEW[0], torch.float16, "through float32"),
-    (LARGE_DEPTHWISE, torch.bfloat16, "through float32"),
-    (CASES[11], torch.float32, "bias after"),
-    (CASES[17], torch.float32, "bias after"),
-    (CASES[15], torch.bfloat16, "bias after"),
-    (ODD, torch.float32, "bias after"),
-    (NARROW, torch.bfloat16, "through float32"),
+PIXEL = Case("one-pixel", (5, 12, 1, 1), (12, 7, 4, 3), {})
+MANY_OF_PIXEL = Case("one-pixel-many", (16, 100, 1, 1), (100, 64, 4, 4), {})
+DEEP = Case("deep", (1, 128, 4, 4), (128, 64, 4, 4), {"stride": 2, "padding": 1})
+CLASSES = Case("a-channel-a-class", (1, 21, 6, 5), (21, 21, 4, 4), {"stride": 2, "padding": 1})
+PRODUCT, BY_FLOAT32 = ("matrix product",) * 3, ("through float32",) * 3
+WAYS = [  # of the op and its gradients by input and weight; "" is torch's own kernel
+    (LARGE_FEW[0], torch.float32, "nchw", ("merged phases", "", "")),
+    (LARGE_FEW[1], torch.bfloat16, "nchw", ("merged phases", "", "")),
+    (LARGE_FEW[0], torch.float16, "nchw", BY_FLOAT32),
+    (LARGE_DEPTHWISE, torch.bfloat16, "nchw", ("through float32", "", "")),
+    (LARGE_DEPTHWISE, torch.bfloat16, "nhwc", ("through float32", "", "through float32")),
+    (CASES[11], torch.float32, "nchw", ("bias after", "", "")),
+    (CASES[17], torch.float32, "nchw", ("bias after", "", "")),
+    (CASES[15], torch.bfloat16, "nchw", ("bias after", "", "")),
+    (ODD, torch.float32, "nchw", ("bias after", "", "")),
+    (NARROW, torch.bfloat16, "nchw", BY_FLOAT32),
+    (PIXEL, torch.float32, "nchw", PRODUCT),
+    (PIXEL, torch.bfloat16, "nhwc", PRODUCT),
+    (PIXEL, torch.float64, "nhwc", ("", "", "")),
+    (MANY_OF_PIXEL, torch.float64, "nchw", PRODUCT),
+    (MANY_OF_PIXEL, torch.float16, "nchw", BY_FLOAT32),
+    (DEEP, torch.bfloat16, "nchw", ("in channels-last", "", "")),
+    (DEEP, torch.bfloat16, "nhwc", ("", "", "")),
+    (CLASSES, torch.float32, "nchw", ("", "in channels-last", "")),
+    (CLASSES, torch.bfloat16, "nchw", ("", "in channels-last", "")),
 ]
 
 
-@pytest.mark.parametrize(("case", "dtype", "way"), WAYS, ids=str)
-def test_every_way_of_the_cpu_backend_is_taken(case, dtype, way):
+@pytest.mark.parametrize(("case", "dtype", "layout", "ways"), WAYS, ids=str)
+def test_every_way_of_the_cpu_backend_is_taken_and_right(case, dtype, layout, ways):
     if dtype is torch.float16 and torch.ops.mkldnn._is_mkldnn_fp16_supported():
         pytest.skip("this processor has half arithmetic")
-    x, w, b, _ = case.tensors(dtype)
-    choices = aeup.explain(aeup.conv_transpose2d, x, w, b, **case.kwargs)
-    assert [c.backend for c in choices][0] == "cpu" and choices[0].kernel == way
+    tensors = case.tensors(dtype, layout)
+    choices = aeup.explain(aeup.conv_transpose2d, *tensors[:3], **case.kwargs)
     assert len(choices) == 3 and "gradient of input" in choices[1].call and "gradient of weight" in choices[2].call
-    assert (choices[1].backend == "cpu") == (way == "through float32")
+    assert [(c.backend, c.kernel) for c in choices] == [("cpu", way) if way else ("torch", "") for way in ways]
+    got, theirs = (run(fn, case, tensors) for fn in (aeup.conv_transpose2d, by_torch))
+    check_all(got, run(by_torch, case, [t.double() for t in tensors]), theirs)
+    assert [t.stride() for t in got] == [t.stride() for t in theirs]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -423,3 +440,15 @@ def test_bad_input_of_our_own():
             aeup.conv_transpose2d(A, B, activation=("leaky_relu", slope))
     with pytest.raises(ValueError, match="padding mode"):
         aeup.ConvTranspose2d(4, 3, 3, padding_mode="reflect")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_of_an_input_of_one_pixel(layout):
+    x, w, b, _ = (t.requires_grad_() for t in MANY_OF_PIXEL.tensors(torch.float64, layout))
+    y = torch.randn(16, 64, 4, 4, dtype=torch.float64).to(memory_format=LAYOUTS[layout]).requires_grad_()
+    more = {"check_forward_ad": True, "check_batched_grad": True}
+    calls = ((aeup.conv_transpose2d, (x, w, b)), (aeup.conv2d, (y, w, torch.randn(100, dtype=torch.float64))))
+    for fn, tensors in calls:
+        assert [c.kernel for c in aeup.explain(fn, *tensors)] == ["matrix product"] * 3
+        assert torch.autograd.gradcheck(fn, tensors, fast_mode=True, **more)
+        assert torch.autograd.gradgradcheck(fn, tensors, fast_mode=True)

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aeup.backends import Kernel, Op
-from aeup.ops import compiled, conv_kernels
-from aeup.ops.conv_kernels import cpu_refusal, cuda_refusal, serves
+from aeup.ops import compiled, conv_cpu, conv_kernels
+from aeup.ops.conv_kernels import cuda_refusal, serves
 from aeup.ops.conv_shapes import Geometry, W, X, Y, of_convolution, of_convolution_gradient
 from aeup.ops.epilogue import NUMBER, activate, activation_gradient, check_activation
 from aeup.ops.maps import Forward, Maps
@@ -53,6 +53,13 @@ def _torch_backward(grad, x, w, y, g: Geometry, activation, slope, needs) -> tup
     )
 
 
+# --- cpu: where a composition is faster than torch's convolution, that of the transposed convolution's map ---
+
+
+def _cpu_y(x, w, bias, g: Geometry, activation, slope) -> Tensor:
+    return activate(conv_cpu.run_x(x, w, g, bias), activation, slope, inplace=True)
+
+
 # --- cuda ---
 
 
@@ -89,25 +96,25 @@ def _public_y(x, w, bias, g, activation, slope):
 # --- the ops ---
 
 
-def _map_op(kind: int, torchs) -> Op:
+def _map_op(kind: int, by_torch) -> Op:
     theirs = conv_kernels.MAPS[_AS[kind]]
 
     def exchanged(function):
         return lambda *args: function(*_transposed(kind, *args))
 
+    def label(backend: str):
+        of_theirs = theirs.kernels[backend].label
+        return of_theirs and (lambda device, *args: of_theirs(device, *_transposed(kind, *args)))
+
     def kernel(backend: str) -> Kernel:
         k = theirs.kernels[backend]
-        return Kernel(exchanged(k.run), exchanged(k.refuses), k.label and label, k.yields)
+        return Kernel(exchanged(k.run), exchanged(k.refuses), label(backend), k.yields)
 
-    def label(device, *args) -> str:
-        return theirs.kernels["cuda"].label(device, *_transposed(kind, *args))
-
-    kernels = {
-        "cuda": Kernel(_cuda_y, _cuda_refuses_y, label, plan=_cuda_plan) if kind == Y else kernel("cuda"),
-        "triton": compiled.triton_kernel("conv2d", _public_y, "refuses_convolution") if kind == Y else kernel("triton"),
-        "cpu": Kernel(torchs, lambda a, *_: cpu_refusal(a, None)),
-        "torch": Kernel(torchs, serves),
-    }
+    kernels = {name: kernel(name) for name in ("cuda", "triton", "cpu")} | {"torch": Kernel(by_torch, serves)}
+    if kind == Y:  # with its epilogue
+        kernels["cuda"] = Kernel(_cuda_y, _cuda_refuses_y, label("cuda"), plan=_cuda_plan)
+        kernels["triton"] = compiled.triton_kernel(NAMES[Y], _public_y, "refuses_convolution")
+        kernels["cpu"] = Kernel(_cpu_y, kernels["cpu"].refuses, label("cpu"))
     return Op(f"aeup.{NAMES[kind]}", kernels, theirs.kind, exchanged(theirs.problem), theirs.features)
 
 

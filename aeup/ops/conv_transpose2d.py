@@ -10,8 +10,9 @@ guide to convolution arithmetic for deep learning", arXiv 1603.07285, relationsh
 import torch.nn.functional as F
 from torch import Tensor
 
-from aeup.ops.conv_kernels import MAPS, convolution_backward, cuda_backward
+from aeup.ops.conv_kernels import MAPS, cuda_backward
 from aeup.ops.conv_shapes import Geometry, W, X, Y, geometry, of_gradient
+from aeup.ops.conv_torch import convolution_backward
 from aeup.ops.epilogue import activation_gradient, check_activation
 from aeup.ops.maps import Forward, Maps
 
