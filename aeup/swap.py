@@ -329,8 +329,8 @@ def swap(model: nn.Module, *, fuse: bool = True, dry_run: bool = False, benchmar
     of place allows it.
 
     A module is changed by its class alone, to a subclass of it, so that ``isinstance``, deepcopy, pickling, DDP, EMA,
-    ``torch.compile``, ``torch.export`` and ``.to(...)`` go on. ``torch.jit.trace`` records torch's operators;
-    ``torch.jit.script`` does not know aeup: unswap first.
+    ``torch.compile``, ``torch.export`` and ``.to(...)`` go on. ``torch.jit.trace`` and
+    ``torch.onnx.export`` record torch's operators; ``torch.jit.script`` does not know aeup: unswap first.
 
     Under autocast aeup keeps the dtype of what it upsamples or normalises, where torch goes to float32 for some modes,
     and for group norm on a GPU: the results differ by the rounding of the low precision, and the next layer gets the

@@ -456,6 +456,24 @@ def test_torchscript(name):
     assert classes_of(model) == classes
 
 
+def test_onnx():
+    """What is exported is ONNX's own operators, of any size, by the same weights."""
+    evaluator = pytest.importorskip("onnx.reference").ReferenceEvaluator
+    x = torch.randn(2, 8, 5, 6)
+    model = nn.Sequential(
+        nn.Upsample(scale_factor=2), nn.Conv2d(8, 16, 3, padding=1), nn.BatchNorm2d(16), nn.SiLU(), nn.GroupNorm(4, 16),
+        nn.ReLU(), nn.ConvTranspose2d(16, 16, 4, 2, 1), nn.Tanh(), nn.Upsample(scale_factor=2, mode="bilinear"),
+        nn.Conv2d(16, 16, 3, padding=1), nn.UpsamplingBilinear2d(scale_factor=2),
+    ).eval()  # fmt: skip
+    assert len(swap(model).fused) == 5
+    sizes = {at: torch.export.Dim(name) for at, name in ((0, "n"), (2, "h"), (3, "w"))}
+    exported = torch.onnx.export(model, (x,), dynamo=True, verbose=False, dynamic_shapes=(sizes,)).model_proto
+    assert {node.domain for node in exported.graph.node} == {""} and not exported.functions
+    for input in (x, torch.randn(3, 8, 7, 4)):
+        (got,) = evaluator(exported).run(None, {exported.graph.input[0].name: input.numpy()})
+        torch.testing.assert_close(torch.from_numpy(got), model(input).detach(), rtol=1e-4, atol=1e-4)
+
+
 def test_func_and_checkpointing():
     model, x = made("decoder")
     before = output_and_gradients(model, x)[0]

@@ -16,8 +16,9 @@ forward_ad = torch.autograd.forward_ad
 
 
 def scripted() -> bool:
-    """Whether torch.jit.trace records: torch's operators then, as TorchScript runs without aeup, and at any size."""
-    return _tracing() is not None
+    """Whether torch.jit.trace or torch.onnx.export records: torch's operators then, as what they make runs without
+    aeup, and at any size."""
+    return _tracing() is not None or (is_compiling() and torch.onnx.is_in_onnx_export())
 
 
 def traced(a: Tensor, b: Tensor | None = None, c: Tensor | None = None) -> bool:
