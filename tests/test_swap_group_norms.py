@@ -78,7 +78,18 @@ class Others(Block):
     def with_arguments(self, x):
         x = self.norm1(input=x)
         x = self.act(x)
-        return F.leaky_relu(self.norm2(x), 0.3)
+        x = F.gelu(self.norm3(x), approximate="tanh")
+        return F.leaky_relu(self.norm2(x), x.shape[0] / 10)
+
+
+class Options(Block):
+    """Functions with arguments that the source shows."""
+
+    def forward(self, x):
+        x = F.silu(self.norm1(x), inplace=True)
+        x = self.norm2(x)
+        x = F.leaky_relu(x, 0.3)
+        return F.leaky_relu(self.norm3(x), negative_slope=0.1, inplace=False)
 
 
 def made(make=Block):
@@ -127,6 +138,20 @@ def test_what_something_else_may_see_is_left():
     close(output_and_gradients(model, x), output_and_gradients(plain, x))
     for name in ("tried", "kept", "with_arguments"):
         assert not rewrite(getattr(Others, name), True, norm_names(model)).norms
+
+
+def test_functions_with_arguments():
+    model, x = made(Options)
+    plain = copy.deepcopy(model)
+    assert [r.was for r in swap(model).fused] == [
+        "GroupNorm -> F.silu",
+        "GroupNorm -> F.leaky_relu",
+        "GroupNorm -> F.leaky_relu",
+    ]
+    assert [c.call.split(", ")[-2] for c in ops(model, x)] == ["silu", "leaky_relu", "leaky_relu"]
+    close(output_and_gradients(model, x), output_and_gradients(plain, x))
+    model.norm2.register_forward_hook(lambda *args: None)
+    close(output_and_gradients(model, x), output_and_gradients(plain, x))
 
 
 def test_a_norm_alone_and_in_a_sequence():

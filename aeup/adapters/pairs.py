@@ -40,7 +40,8 @@ ACTIVATION_FUNCTIONS = {
     torch.tanh: "tanh",
     F.sigmoid: "sigmoid",
     torch.sigmoid: "sigmoid",
-}  # called with one argument
+}
+_ONE_ARGUMENT = (torch.relu, torch.tanh, torch.sigmoid, F.tanh, F.sigmoid)
 _NORMS = (nn.BatchNorm2d, nn.LazyBatchNorm2d, nn.SyncBatchNorm, nn.GroupNorm)  # and subclasses: served, or named
 SERVED = (*_ACTIVATIONS, nn.LeakyReLU, nn.GELU)  # perhaps: by their arguments
 
@@ -281,14 +282,29 @@ def pair(module, input: Tensor, *args, **kwargs):
     return module(interpolate(input, *args, **kwargs))
 
 
-def activated(norm, activation, input):
-    """``activation(norm(input))``, as one operation where `norm` is a group norm that allows it."""
+def activated(norm, activation, input, *args, **kwargs):
+    """``activation(norm(input), ...)``, as one operation where `norm` is a group norm that allows it."""
     if type(norm) in GROUP_NORMS and isinstance(input, Tensor) and not _has_any_global_hook():
         module = isinstance(activation, nn.Module)
-        name = activation_of(activation) if module else ACTIVATION_FUNCTIONS.get(activation)
+        name = activation_of(activation) if module else activation_of_call(activation, args, kwargs)
         if name is not None and refuses_norm(norm) is None:
             return aeup_nn.group_normalised(norm, input, name)
-    return activation(norm(input))
+    return activation(norm(input), *args, **kwargs)
+
+
+def activation_of_call(function, args: tuple = (), kwargs: dict | None = None) -> Activation:
+    """The activation that ``function(input, *args, **kwargs)`` is, as aeup names it, or None. Called in place is the
+    same: nothing else sees the input."""
+    name, kwargs = ACTIVATION_FUNCTIONS.get(function), dict(kwargs or {})
+    if name is None or not (args or kwargs):
+        return name
+    if name == "gelu" or function in _ONE_ARGUMENT or not isinstance(kwargs.pop("inplace", False), bool):
+        return None
+    if function is F.leaky_relu:
+        slope = args[0] if len(args) == 1 else kwargs.pop("negative_slope", 0.01) if not args else None
+        known = type(slope) in (int, float) and 0 <= slope < float("inf") and not kwargs
+        return ("leaky_relu", slope) if known else None
+    return None if args or kwargs else name
 
 
 def refuses_activated(norm: nn.Module, activation) -> str | None:

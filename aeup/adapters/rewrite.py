@@ -31,6 +31,7 @@ from aeup.adapters.pairs import (
     NormNames,
     Resampling,
     activated,
+    activation_of_call,
     pair,
     refuses_upsampling,
 )
@@ -293,31 +294,37 @@ class _Rewriter(ast.NodeTransformer):
         )
 
     def norm_pair(self, call: ast.Call, norm: ast.expr) -> tuple[str, str] | None:
-        """A group norm of self and an activation, if call(norm(...)) is of such: their names."""
+        """A group norm of self and an activation, if call(norm(...), ...) is of such: their names."""
         path = self.attribute_of_self(norm.func) if isinstance(norm, ast.Call) else None
         if path not in self.names.norms or len(norm.args) != 1 or norm.keywords or _starred(norm):
             return None
         after = self.attribute_of_self(call.func)
         if after in self.names.activations:
-            return path, after
+            return (path, after) if _takes_one(call) else None
         found = self.resolve(call.func)
-        known = isinstance(found, Callable) and found.__hash__ and found in ACTIVATION_FUNCTIONS
-        return (path, ast.unparse(call.func)) if known else None
+        options = (call.args[1:], {k.arg: k.value for k in call.keywords})
+        if not (isinstance(found, Callable) and found.__hash__) or _starred(call):
+            return None
+        if not all(isinstance(v, ast.Constant) for v in (*options[0], *options[1].values())):
+            return None
+        args, kwargs = tuple(v.value for v in options[0]), {k: v.value for k, v in options[1].items()}
+        return (path, ast.unparse(call.func)) if activation_of_call(found, args, kwargs) else None
 
     def with_norm(self, call: ast.Call, norm: ast.expr) -> ast.Call | None:
-        """call(norm(...)) as one call, if they are an activation and a group norm of self."""
+        """call(norm(...), ...) as one call, if they are an activation and a group norm of self."""
         found = self.norm_pair(call, norm)
         if found is None:
             return None
         self.note(norm)
         self.norms[found] = None
-        arguments = [norm.func, call.func, self.visit(norm.args[0])]
-        return ast.copy_location(ast.Call(ast.Name("_aeup_activated", ast.Load()), arguments, []), norm)
+        arguments = [norm.func, call.func, self.visit(norm.args[0]), *call.args[1:]]
+        return ast.copy_location(ast.Call(ast.Name("_aeup_activated", ast.Load()), arguments, call.keywords), norm)
 
     def visit_Call(self, node: ast.Call) -> ast.expr:
-        if len(node.args) == 1 and not node.keywords and isinstance(node.args[0], ast.Call):
-            one = self.joined(node, node.args[0]) or self.with_norm(node, node.args[0])
-            if one is not None:
+        if node.args and isinstance(node.args[0], ast.Call):
+            one = _takes_one(node) and self.joined(node, node.args[0])
+            one = one or self.with_norm(node, node.args[0])
+            if one:
                 return one
         name = self.target(node)
         if name:
@@ -395,18 +402,25 @@ class _Rewriter(ast.NodeTransformer):
         if not ends or not self.joins or name in self.code.co_cellvars or name not in self.code.co_varnames:
             return False
         call = second.value
-        while isinstance(call, ast.Call) and len(call.args) == 1 and not call.keywords:
+        while isinstance(call, ast.Call) and call.args:
             if self.attribute_of_self(call.func) is None and self.resolve(call.func) is None:
                 return False
             if isinstance(call.args[0], ast.Name):
                 if call.args[0].id != name or _starred(first.value):
                     return False
-                if not (self.norm_pair(call, first.value) if norm else self.attribute_of_self(call.func)):
+                takes = _takes_one(call) and self.attribute_of_self(call.func)
+                if not (self.norm_pair(call, first.value) if norm else takes):
                     return False
                 call.args[0] = first.value
                 return True
+            if not _takes_one(call):
+                return False
             call = call.args[0]
         return False
+
+
+def _takes_one(call: ast.Call) -> bool:
+    return len(call.args) == 1 and not call.keywords
 
 
 def _starred(call: ast.Call) -> bool:
