@@ -219,7 +219,8 @@ def conv2d(
 
     Signature, defaults, output shape, strides and errors are torch's, autocast too. On a GPU it is the adjoint of
     :func:`conv_transpose2d`, by the same kernels, gradients as well; with stride and dilation 1 an
-    :func:`upsample_conv2d` by 1. On a CPU torch's own kernel runs. Dtypes, layouts, tf32 and gradients of any order as
+    :func:`upsample_conv2d` by 1. On a CPU torch's own kernel runs, except where another
+    composition of its operators was measured to be faster. Dtypes, layouts, tf32 and gradients of any order as
     :func:`conv_transpose2d`.
 
     Args:

@@ -79,7 +79,7 @@ class SwapReport:
                 "that calls or slices out one of them gets it as it is, unfused."
             )
         if any(r.now.startswith("aeup.Conv2d") for r in self.rows):
-            notes.append("aeup.Conv2d has kernels for GPUs; a CPU's tensors go to torch.")
+            notes.append("aeup.Conv2d has kernels for GPUs; on a CPU most calls go to torch.")
         if any(r.now.startswith("aeup.GroupNorm") for r in self.rows):
             notes.append(
                 "aeup.GroupNorm serves 4-D input; what else comes, and on a CPU where torch is as fast, goes to torch: "
