@@ -140,9 +140,11 @@ STABLE_TORCH_LIBRARY(aeup_native, m) {
       "interpolate_kernel(Tensor src, int ih, int iw, int oh, int ow, int mode, bool align_corners, bool antialias, "
       "float scale_h, float scale_w, bool backward, bool cuda) -> str");
   m.def("cpu_instruction_set() -> str");
+  m.def("fill_new_memory(bool on) -> bool");
 }
 
 std::string instruction_set() { return aeup::cpu_instruction_set(); }
+bool fill_new_memory(bool on) { return aeup::fill_new_memory.exchange(on); }
 
 STABLE_TORCH_LIBRARY_IMPL(aeup_native, CPU, m) {
   m.impl("interpolate", TORCH_BOX(&interpolate_cpu));
@@ -153,6 +155,7 @@ STABLE_TORCH_LIBRARY_IMPL(aeup_native, CompositeExplicitAutograd, m) {
   m.impl("interpolate_kernel", TORCH_BOX(&kernel_name));
   m.impl("interpolate_plan", TORCH_BOX(&interpolate_plan));
   m.impl("cpu_instruction_set", TORCH_BOX(&instruction_set));
+  m.impl("fill_new_memory", TORCH_BOX(&fill_new_memory));
 }
 
 #ifdef AEUP_WITH_CUDA

@@ -37,11 +37,7 @@ inline int32_t set_narrow(AnyNorm* b, const Tensor& input, const OptionalTensor&
   return b->narrow ? code : own;
 }
 inline Tensor empty_values(const Tensor& input, int64_t size, int32_t dtype) {
-  const int64_t stride = 1;
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(1, &size, &stride, dtype, device_type(input), input.get_device_index(), &handle));
-  return Tensor(handle);
+  return empty_like(input, {size}, false, dtype);
 }
 struct OnDevice {  // of the input, for the length of a call
   std::optional<torch::stable::accelerator::DeviceGuard> guard;

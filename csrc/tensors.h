@@ -11,6 +11,8 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <atomic>
+#include <cstring>
 #include <deque>
 #include <mutex>
 #include <optional>
@@ -133,17 +135,26 @@ inline void prefer_huge_pages(void* data, int64_t bytes) {
   (void)madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a hint: refusal changes nothing
 #endif
 }
-// An uninitialised tensor, of x's dtype unless another one is given. The shim's own function, not torch::stable::empty,
-// which looks the operator up by its name in every call. On a CPU that function leaves out what deterministic mode
-// wants: to fill the memory.
-inline Tensor empty_like(const Tensor& x, Sizes size, bool channels_last, std::optional<int32_t> dtype = {}) {
-  const int32_t type = device_type(x), code = dtype ? *dtype : dtype_code(x);
+// Whether new results on a CPU are filled with ones, NaN in every float format: what a kernel leaves unwritten shows.
+// For tests. torch's deterministic mode, which fills what torch itself allocates, costs a pass over each result.
+inline std::atomic<bool> fill_new_memory{false};
+
+// The shim's own function, not torch::stable::empty, which looks the operator up by its name in every call.
+inline Tensor empty_strided(const Tensor& like, Sizes size, const int64_t* strides, int32_t dtype) {
+  const int32_t type = device_type(like);
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(size.size()), size.data(), strides, dtype, type,
+                                                         like.get_device_index(), &handle));
+  Tensor made(handle);
   if (type == aoti_torch_device_type_cpu()) {
-    const auto scalar = torch::stable::detail::to<ScalarType>(torch::stable::detail::from(code));
-    Tensor made = torch::stable::empty(size, scalar, std::nullopt, x.device(), std::nullopt, format_of(channels_last));
-    prefer_huge_pages(made.mutable_data_ptr(), made.numel() * int64_t(made.element_size()));
-    return made;
+    const int64_t bytes = made.numel() * int64_t(made.element_size());
+    prefer_huge_pages(made.mutable_data_ptr(), bytes);
+    if (fill_new_memory && bytes > 0) std::memset(made.mutable_data_ptr(), 0xFF, size_t(bytes));
   }
+  return made;
+}
+// An uninitialised tensor, of x's dtype unless another one is given.
+inline Tensor empty_like(const Tensor& x, Sizes size, bool channels_last, std::optional<int32_t> dtype = {}) {
   int64_t strides[4];
   const int rank = int(size.size());
   const int nchw[4] = {rank - 1, rank - 2, rank - 3, rank - 4}, nhwc[4] = {1, 3, 2, 0};
@@ -152,10 +163,7 @@ inline Tensor empty_like(const Tensor& x, Sizes size, bool channels_last, std::o
     const int d = channels_last ? nhwc[i] : nchw[i];
     strides[d] = stride, stride *= channels_last || size[d] > 0 ? size[d] : 1;
   }
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(rank, size.data(), strides, code, type, x.get_device_index(), &handle));
-  return Tensor(handle);
+  return empty_strided(x, size, strides, dtype ? *dtype : dtype_code(x));
 }
 
 inline std::optional<DType> dtype_of(const Tensor& x) {

@@ -17,11 +17,13 @@ def pytest_configure(config):
 
 @pytest.fixture
 def poison():
-    """Fresh memory is NaN: what a kernel leaves unwritten shows."""
+    """Fresh memory is NaN, what torch allocates and what the extension does: what a kernel leaves unwritten shows."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
+    filled = torch.ops.aeup_native.fill_new_memory(True)
     yield
+    torch.ops.aeup_native.fill_new_memory(filled)
     torch.use_deterministic_algorithms(before)
 
 

@@ -22,6 +22,7 @@ from aeup.ops.epilogue import AFTER, NUMBER, activate, activation_gradient, chec
 from aeup.ops.norm_common import (
     Plan,
     arithmetic,
+    compiled_kernel,
     if_wanted,
     in_dtypes,
     instructions,
@@ -91,16 +92,12 @@ def _reference_backward(grad, x, mean, invstd, weight, bias, norm: Norm, wanted)
     return if_wanted(found, wanted)
 
 
-def _compiled_run(x, weight, bias, running_mean, running_var, counter, norm: Norm):
-    rest = norm.momentum, norm.eps, NUMBER[norm.activation], norm.slope
-    statistics = running_mean, running_var, counter
-    return compiled.call("batch_norm", x, weight, bias, *statistics, norm.training, *rest, device=x.device.type)
+def _scalars(norm: Norm) -> tuple:
+    return norm.training, norm.momentum, norm.eps, NUMBER[norm.activation], norm.slope
 
 
-def _compiled_backward(grad, x, mean, invstd, weight, bias, norm: Norm, wanted):
-    rest = norm.training, NUMBER[norm.activation], norm.slope
-    args = grad, x, mean, invstd, weight, bias, *rest, *wanted
-    return compiled.call("batch_norm_backward", *args, device=x.device.type)
+def _backward_scalars(norm: Norm, wanted: tuple) -> tuple:
+    return norm.training, NUMBER[norm.activation], norm.slope, *wanted
 
 
 _refusal = partial(refusal, "batch_norm", "weight, bias and running statistics")
@@ -110,14 +107,15 @@ def _compiled(device: str) -> Kernel:
     def refuses(x, weight, bias, running_mean, running_var, counter, norm) -> str | None:
         return _refusal(device, x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
 
-    return Kernel(_compiled_run, refuses, _label)
+    return Kernel(refuses=refuses, label=_label, **compiled_kernel("batch_norm", _scalars, 6))
 
 
 def _compiled_gradient(device: str) -> Kernel:
     def refuses(grad, x, mean, invstd, weight, bias, norm, wanted) -> str | None:
         return _refusal(device, x, weight=weight, bias=bias)
 
-    return Kernel(_compiled_backward, refuses, _label_backward)
+    made = compiled_kernel("batch_norm_backward", _backward_scalars, 6)
+    return Kernel(refuses=refuses, label=_label_backward, **made)
 
 
 def _label(device, *args) -> str:

@@ -24,15 +24,25 @@ def raw(name: str, device: str = "cuda"):
         return "the extension was built without CUDA"
     if not hasattr(torch.ops.aeup_native, name):
         return f"the extension has no {name}"
-    return getattr(torch.ops.aeup_native, name).default
+    return getattr(torch.ops.aeup_native, name).default._op  # what OpOverload.__call__ calls
 
 
 def call(name: str, *args, device: str = "cuda"):
-    try:
-        return raw(name, device)(*args)
-    except RuntimeError as error:
-        _native.raise_if_out_of_memory(error, args[0].device)
-        raise
+    return bound(name, device)(*args)
+
+
+def bound(name: str, device: str, *rest) -> Callable:
+    """Operator `name` as a function of the tensors: of what comes before the arguments `rest`."""
+    operator = raw(name, device)
+
+    def run(*tensors):
+        try:
+            return operator(*tensors, *rest)
+        except RuntimeError as error:
+            _native.raise_if_out_of_memory(error, tensors[0].device)
+            raise
+
+    return run
 
 
 def planned(name: str, x: Tensor, w: Tensor, *args) -> Callable | None:
@@ -40,18 +50,7 @@ def planned(name: str, x: Tensor, w: Tensor, *args) -> Callable | None:
     function of the three. The extension keeps `args` under a number: each argument of a call takes long to pass. None
     where it keeps no more."""
     number = call(f"{name}_plan", x, w, *args)
-    if number < 0:
-        return None
-    operator = raw("conv_planned")
-
-    def run(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-        try:
-            return operator(x, w, bias, number)
-        except RuntimeError as error:
-            _native.raise_if_out_of_memory(error, x.device)
-            raise
-
-    return run
+    return None if number < 0 else bound("conv_planned", "cuda", number)
 
 
 def refusal(t: Tensor, name: str, device: str = "cuda") -> str | None:

@@ -1,6 +1,7 @@
 """What decides whether an eager call may go the short way: no compiler, mode, transform, tracer or subclass active."""
 
 import marshal
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -31,6 +32,12 @@ def traced(a: Tensor, b: Tensor | None = None, c: Tensor | None = None) -> bool:
         or _modes_active() != 0
         or _tracing() is not None
     )
+
+
+def applied(function: type[torch.autograd.Function]) -> Callable:
+    """`function.apply` for a plan, whose calls are not transformed: without what torch does first in Python for
+    torch.func."""
+    return super(torch.autograd.Function, function).apply
 
 
 def exact(options: tuple) -> bytes | None:

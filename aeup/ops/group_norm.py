@@ -22,6 +22,7 @@ from aeup.ops.epilogue import AFTER, NUMBER, activate, activation_gradient, chec
 from aeup.ops.norm_common import (
     Plan,
     arithmetic,
+    compiled_kernel,
     if_wanted,
     in_dtypes,
     instructions,
@@ -88,14 +89,12 @@ def _reference_backward(grad, x, mean, invstd, weight, bias, norm: Norm, wanted)
     return if_wanted(gradients_by_torch(grad, x, mean, invstd, weight, bias, norm), wanted)
 
 
-def _compiled_run(x, weight, bias, norm: Norm):
-    rest = norm.groups, norm.eps, NUMBER[norm.activation], norm.slope
-    return compiled.call("group_norm", x, weight, bias, *rest, device=x.device.type)
+def _scalars(norm: Norm) -> tuple:
+    return norm.groups, norm.eps, NUMBER[norm.activation], norm.slope
 
 
-def _compiled_backward(grad, x, mean, invstd, weight, bias, norm: Norm, wanted):
-    rest = norm.groups, NUMBER[norm.activation], norm.slope, *wanted
-    return compiled.call("group_norm_backward", grad, x, mean, invstd, weight, bias, *rest, device=x.device.type)
+def _backward_scalars(norm: Norm, wanted: tuple) -> tuple:
+    return norm.groups, NUMBER[norm.activation], norm.slope, *wanted
 
 
 _refusal = partial(refusal, "group_norm", "weight and bias")
@@ -108,9 +107,8 @@ def _compiled(device: str) -> Kernel:
     def yields(x, weight, bias, norm) -> str | None:
         return _as_fast(x, norm) if device == "cpu" and not _torch_crashes(x, weight, bias) else None
 
-    return Kernel(
-        _compiled_run, refuses, lambda device, *args: "statistics, then the output" + instructions(device), yields
-    )
+    label = lambda device, *args: "statistics, then the output" + instructions(device)  # noqa: E731
+    return Kernel(refuses=refuses, label=label, yields=yields, **compiled_kernel("group_norm", _scalars, 3))
 
 
 def _compiled_gradient(device: str) -> Kernel:
@@ -121,7 +119,8 @@ def _compiled_gradient(device: str) -> Kernel:
         return _as_fast(x, norm) if device == "cpu" else None
 
     label = lambda device, *args: "sums, then the input's gradient" + instructions(device)  # noqa: E731
-    return Kernel(_compiled_backward, refuses, label, yields)
+    made = compiled_kernel("group_norm_backward", _backward_scalars, 6)
+    return Kernel(refuses=refuses, label=label, yields=yields, **made)
 
 
 def _as_fast(x: Tensor, norm: Norm) -> str | None:

@@ -15,7 +15,8 @@ from torch._prims_common import suggest_memory_format
 
 from aeup import _native, tuned
 from aeup.backends import Kernel, Op, choose, get_backend, note
-from aeup.ops.eager import MOST_PLANS, exact, forward_ad, traced, transforms_active
+from aeup.ops import compiled
+from aeup.ops.eager import MOST_PLANS, applied, exact, forward_ad, traced, transforms_active
 
 MODES = ("nearest", "nearest-exact", "bilinear", "bicubic")
 _MODE_NUMBER = {mode: i for i, mode in enumerate(MODES)}
@@ -157,9 +158,9 @@ def _native_args(m: Map, cpu: bool) -> tuple:
     return (*m[:4], _MODE_NUMBER[m.mode], m.align_corners, m.antialias, scale_h, scale_w)
 
 
-_native_op = None if _native.missing else torch.ops.aeup_native.interpolate.default
-_native_plan = None if _native.missing else torch.ops.aeup_native.interpolate_plan.default
-_native_planned = None if _native.missing else torch.ops.aeup_native.interpolate_planned.default
+_native_op = compiled.raw("interpolate", "cpu")
+_native_plan = compiled.raw("interpolate_plan", "cpu")
+_native_planned = compiled.raw("interpolate_planned", "cpu")
 
 
 def _native_run(src: Tensor, m: Map, backward: bool) -> Tensor:
@@ -334,7 +335,7 @@ class Plan:
         PLANS[key] = self
 
     def run(self, src: Tensor) -> Tensor:
-        return _Planned.apply(src, self) if self.needs_grad else self.by(self.own, src, False)
+        return _apply_planned(src, self) if self.needs_grad else self.by(self.own, src, False)
 
     def chosen(self, src: Tensor, backward: bool) -> tuple[Kernel, int]:
         """The kernel, and the number under which the extension keeps the call, or -1: each argument of a call takes
@@ -376,6 +377,9 @@ class _Planned(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return None if grad is None else ctx.plan.gradient(grad), None
+
+
+_apply_planned = applied(_Planned)
 
 
 class _Resample(torch.autograd.Function):

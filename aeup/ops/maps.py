@@ -19,7 +19,7 @@ from aeup.ops import epilogue
 from aeup.ops.compiled import tf32
 from aeup.ops.conv_kernels import EPILOGUE
 from aeup.ops.conv_shapes import W, X, Y
-from aeup.ops.eager import MOST_PLANS, exact, forward_ad, traced, transforms_active
+from aeup.ops.eager import MOST_PLANS, applied, exact, forward_ad, traced, transforms_active
 from aeup.ops.epilogue import AFTER, activate, activation_gradient
 
 # What each map takes, in the order of its op's arguments.
@@ -297,7 +297,7 @@ class _TransformedLinear(_Linear):
 class Plan:
     """The short way of eager calls, which costs little: no dispatcher, and everything decided once."""
 
-    __slots__ = ("after", "backend", "backwards", "function", "fused", "g", "kernel", "maps", "planned", "slope")
+    __slots__ = ("after", "apply", "backend", "backwards", "fused", "g", "kernel", "maps", "planned", "slope")
 
     def __init__(self, maps: Maps, needs_grad: bool, backend: str, x, w, bias, g, activation, slope) -> None:
         after = needs_grad and activation in AFTER
@@ -307,11 +307,11 @@ class Plan:
         self.kernel = choose(maps.ops[Y], x, args, backend)
         self.planned = self.kernel.plan(*args) if self.kernel.plan else None
         alone = needs_grad and self.kernel in maps.by_torch and maps.needs_no_help(self.kernel, x, w, g, self.backend)
-        self.function = maps.function if needs_grad and not alone else None
+        self.apply = applied(maps.function) if needs_grad and not alone else None
         self.backwards: dict[tuple, Callable] = {}
 
     def run(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-        y = self.function.apply(x, w, bias, self) if self.function else self.forward(x, w, bias)
+        y = self.apply(x, w, bias, self) if self.apply else self.forward(x, w, bias)
         return activate(y, self.after, self.slope) if self.after else y
 
     def forward(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:

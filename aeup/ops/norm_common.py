@@ -14,7 +14,7 @@ from torch._prims_common import suggest_memory_format
 
 from aeup.backends import Op, choose
 from aeup.ops import compiled
-from aeup.ops.eager import MOST_PLANS, scripted, traced, transforms_active
+from aeup.ops.eager import MOST_PLANS, applied, scripted, traced, transforms_active
 
 
 def arithmetic(x: Tensor) -> torch.dtype:
@@ -81,12 +81,22 @@ def gradient_of_gradients(tensors: tuple, grads: tuple, wanted: tuple, gradients
     return tuple(found.get(i) for i in range(len(tensors)))
 
 
+def compiled_kernel(name: str, scalars: Callable, tensors: int) -> dict:
+    """`run` and `plan` of the compiled operator `name`, which takes so many tensors and then ``scalars(...)`` of what
+    follows them in a kernel's arguments."""
+
+    def plan(*args):
+        return compiled.bound(name, args[0].device.type, *scalars(*args[tensors:]))
+
+    return {"run": lambda *args: plan(*args)(*args[:tensors]), "plan": plan}
+
+
 class Plan:
     """The kernels of an eager call, decided once: no dispatcher. `key` begins with whether a gradient is needed, the
     backend's name and the norm. A subclass says of which ops; `composed`: the call by torch; `any_gradients`: the
     gradients wherever they may be asked for."""
 
-    __slots__ = ("alone", "backend", "backwards", "kernel", "needs_grad", "norm")
+    __slots__ = ("alone", "backend", "backwards", "forward", "needs_grad", "norm")
     op: Op
     backward: Op
     composed: Callable
@@ -94,8 +104,9 @@ class Plan:
 
     def __init__(self, key: tuple, args: tuple, plans: dict) -> None:
         self.needs_grad, self.backend, self.norm, self.backwards = *key[:3], {}
-        self.kernel = choose(self.op, args[0], args, self.backend)
-        self.alone = self.kernel is self.op.kernels["torch"]
+        kernel = choose(self.op, args[0], args, self.backend)
+        self.alone = kernel is self.op.kernels["torch"]
+        self.forward = kernel.plan(*args) if kernel.plan else lambda *tensors: kernel.run(*tensors, self.norm)
         if len(plans) >= MOST_PLANS:  # sizes that change from call to call
             plans.clear()
         plans[key] = self
@@ -103,17 +114,29 @@ class Plan:
     def run(self, args: tuple) -> Tensor:
         if self.alone:
             return self.composed(*args)
-        return _Norm.apply(*args[:-1], self) if self.needs_grad else self.kernel.run(*args)[0]
+        return _apply(*args[:-1], self) if self.needs_grad else self.forward(*args[:-1])[0]
 
     def gradients(self, grad, x, weight, bias, mean, invstd, wanted: tuple) -> tuple:
         if torch.is_grad_enabled() or transforms_active() or traced(grad, x):
             return self.any_gradients(grad, x, weight, bias, mean, invstd, self.norm, wanted)
-        args = grad, x, mean, invstd, weight, bias, self.norm, wanted
-        key = grad.stride(), wanted
-        kernel = self.backwards.get(key)
-        if kernel is None:
-            kernel = self.backwards[key] = choose(self.backward, x, args, self.backend)
-        return in_dtypes(kernel.run(*args), (x, weight, bias), wanted)
+        tensors, key = (grad, x, mean, invstd, weight, bias), (grad.stride(), wanted)
+        chosen = self.backwards.get(key)
+        if chosen is None:
+            chosen = self.backwards[key] = self.chosen(tensors, wanted)
+        return chosen(*tensors)
+
+    def chosen(self, tensors: tuple, wanted: tuple) -> Callable:
+        """What gives the gradients of such tensors that are wanted, else None."""
+        args = *tensors, self.norm, wanted
+        kernel = choose(self.backward, tensors[1], args, self.backend)
+        if kernel.plan and all(wanted):
+            return kernel.plan(*args)  # in the dtypes of what they are of
+
+        def run(grad, x, mean, invstd, weight, bias):
+            found = kernel.run(grad, x, mean, invstd, weight, bias, self.norm, wanted)
+            return in_dtypes(found, (x, weight, bias), wanted)
+
+        return run
 
 
 class _Norm(torch.autograd.Function):
@@ -122,7 +145,7 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, *rest):
         *others, plan = rest
-        y, mean, invstd = plan.kernel.run(x, weight, bias, *others, plan.norm)
+        y, mean, invstd = plan.forward(x, weight, bias, *others)
         ctx.plan, ctx.rest = plan, (None,) * len(rest)
         ctx.save_for_backward(x, weight, bias, mean, invstd)
         ctx.set_materialize_grads(False)
@@ -133,6 +156,9 @@ class _Norm(torch.autograd.Function):
         if grad is None:
             return None, None, None, *ctx.rest
         return *ctx.plan.gradients(grad, *ctx.saved_tensors, ctx.needs_input_grad[:3]), *ctx.rest
+
+
+_apply = applied(_Norm)
 
 
 def register(lib: torch.library.Library, name: str, run, fake, context, gradient) -> None:
