@@ -83,7 +83,9 @@ def interpolate(
     if shape[1] == 0:
         raise RuntimeError(f"Non-empty 4D data tensor expected but got a tensor with sizes {list(shape)}")
     m = map_of((shape[2], shape[3]), *options)
-    return resample(input, m) if key is None or not plain(options) else ResamplePlan(key, input, m).run(input)
+    if key is None or not plain(options):
+        return resample(input, m)
+    return PLANS.keep(key, ResamplePlan(key[0], input, m)).run(input)
 
 
 def conv_transpose2d(

@@ -13,6 +13,7 @@ from torch import nn
 import aeup
 from aeup.functional import parse_activation
 from aeup.ops import batch_norm as norms
+from aeup.ops.eager import Plans
 from aeup.ops.epilogue import NUMBER, activate
 from aeup.train.distributed import SyncBatchNorm, World
 
@@ -57,9 +58,10 @@ class Native:
     def __init__(self, monkeypatch):
         self.calls = []
         self.numbers = {number: name for name, number in NUMBER.items()}
-        monkeypatch.setattr(norms.compiled, "call", lambda name, *args, device: getattr(self, name)(*args))
+        bound = lambda name, device, *rest: lambda *tensors: getattr(self, name)(*tensors, *rest)  # noqa: E731
+        monkeypatch.setattr(norms.compiled, "bound", bound)
         monkeypatch.setattr(norms.compiled, "refusal", lambda t, name, device: None)
-        monkeypatch.setattr(norms, "PLANS", {})
+        monkeypatch.setattr(norms, "PLANS", Plans())
         for op in (norms.OP, norms.BACKWARD):
             monkeypatch.setitem(op.order, "cpu", ("cuda", "torch"))
 

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import aeup
 from aeup.ops import group_norm as norms
+from aeup.ops.eager import Plans
 from aeup.ops.epilogue import NUMBER
 
 SHAPE = (3, 4, 5, 2)
@@ -29,9 +30,10 @@ class Native:
     def __init__(self, monkeypatch):
         self.calls = []
         self.names = {number: name for name, number in NUMBER.items()}
-        monkeypatch.setattr(norms.compiled, "call", lambda name, *args, device: getattr(self, name)(*args))
+        bound = lambda name, device, *rest: lambda *tensors: getattr(self, name)(*tensors, *rest)  # noqa: E731
+        monkeypatch.setattr(norms.compiled, "bound", bound)
         monkeypatch.setattr(norms.compiled, "refusal", lambda t, name, device: None)
-        monkeypatch.setattr(norms, "PLANS", {})
+        monkeypatch.setattr(norms, "PLANS", Plans())
         for op in (norms.OP, norms.BACKWARD):
             monkeypatch.setitem(op.order, "cpu", ("cuda", "torch"))
 

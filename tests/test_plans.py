@@ -102,7 +102,6 @@ RESIZES = {
     "batch": (X[:1], RESIZE),
     "dtype": (X.double(), RESIZE),
     "layout": (X.to(memory_format=torch.channels_last), RESIZE),
-    "gradient": (X.clone().requires_grad_(), RESIZE),
     "integer scale": (X, (None, 2, *RESIZE[2:])),
     "mode": (X, (None, 2.0, "bicubic", *RESIZE[3:])),
     "align_corners": (X, (*RESIZE[:3], True, None, False)),
@@ -112,6 +111,14 @@ RESIZES = {
 @pytest.mark.parametrize("change", RESIZES.values(), ids=RESIZES)
 def test_other_resamplings_have_other_plans(change):
     assert resample_key(*change) not in (None, resample_key(X, RESIZE))
+
+
+def test_a_plan_of_a_resampling_asks_for_the_gradient_anew():
+    x = X.clone().requires_grad_()
+    assert resample_key(x, RESIZE) == resample_key(X, RESIZE)
+    for t, grad, expected in ((X, True, False), (x, True, True), (x, False, False)):
+        with torch.set_grad_enabled(grad):
+            assert aeup.interpolate(t, scale_factor=2.0, mode="bilinear").requires_grad is expected
 
 
 @pytest.mark.parametrize("wrong", [10.0, (10, 1.0)], ids=str)

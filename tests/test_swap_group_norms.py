@@ -16,6 +16,7 @@ import aeup
 from aeup import swap, unswap
 from aeup.adapters import norm_names, rewrite
 from aeup.ops import group_norm as norms
+from aeup.ops.eager import Plans
 
 pytestmark = pytest.mark.usefixtures("one_thread", "own_kernels")
 
@@ -25,7 +26,7 @@ def own_kernels(monkeypatch):
     """On a CPU small images go to torch: not here."""
     for op in (norms.OP, norms.BACKWARD):
         monkeypatch.setitem(op.kernels, "cpu", dataclasses.replace(op.kernels["cpu"], yields=None))
-    monkeypatch.setattr(norms, "PLANS", {})
+    monkeypatch.setattr(norms, "PLANS", Plans())
 
 
 class Block(nn.Module):

@@ -14,10 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from aeup import tuned
 from aeup.backends import Kernel, Op, choose, get_backend, note, note_torch
 from aeup.ops import compiled
-from aeup.ops.eager import forward_ad, traced, transforms_active
+from aeup.ops.eager import Plans, forward_ad, traced, transforms_active
 from aeup.ops.epilogue import AFTER, NUMBER, activate, activation_gradient, check_activation
 from aeup.ops.norm_common import (
     Plan,
@@ -208,11 +207,10 @@ def batch_norm(x, weight, bias, running_mean, running_var, counter, norm: Norm) 
         return by_torch(*args)
     if registered(x, weight, bias):
         return _dispatched(*args)
-    return by_torch(*args) if key is None else _Plan(key, args, PLANS).run(args)
+    return by_torch(*args) if key is None else PLANS.keep(key, _Plan(key, args)).run(args)
 
 
-PLANS: dict[tuple, Plan] = {}
-tuned.on_change.append(PLANS.clear)
+PLANS = Plans()
 
 
 def _dispatched(x, weight, bias, running_mean, running_var, counter, norm: Norm) -> Tensor:

@@ -7,13 +7,28 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-MOST_PLANS = 4096  # of an op: sizes may change from call to call
+from aeup import tuned
+
+_MOST_PLANS = 4096
 _KINDS, _ROWS = (int, float, bool, str), (tuple, list, torch.Size)
 _PLAIN = (Tensor, torch.nn.Parameter)
 _modes_active = torch._C._len_torch_dispatch_stack
 _tracing = torch._C._get_tracing_state
 transforms_active = torch._C._are_functorch_transforms_active
 forward_ad = torch.autograd.forward_ad
+
+
+class Plans(dict):
+    """The plans of an op's eager calls, by all that a call depends on."""
+
+    def __init__(self) -> None:
+        tuned.on_change.append(self.clear)
+
+    def keep(self, key: tuple, plan):
+        if len(self) >= _MOST_PLANS:  # sizes that change from call to call
+            self.clear()
+        self[key] = plan
+        return plan
 
 
 def scripted() -> bool:

@@ -14,10 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from aeup import tuned
 from aeup.backends import Kernel, Op, choose, get_backend, note, note_torch
 from aeup.ops import compiled
-from aeup.ops.eager import forward_ad, traced, transforms_active
+from aeup.ops.eager import Plans, forward_ad, traced, transforms_active
 from aeup.ops.epilogue import AFTER, NUMBER, activate, activation_gradient, check_activation
 from aeup.ops.norm_common import (
     Plan,
@@ -205,11 +204,10 @@ def group_norm(x, weight, bias, norm: Norm) -> Tensor:
     if registered(x, weight, bias):
         groups, *rest = norm
         return torch.ops.aeup.group_norm.default(x, groups, weight, bias, *rest)[0]
-    return by_torch(*args) if key is None else _Plan(key, args, PLANS).run(args)
+    return by_torch(*args) if key is None else PLANS.keep(key, _Plan(key, args)).run(args)
 
 
-PLANS: dict[tuple, Plan] = {}
-tuned.on_change.append(PLANS.clear)
+PLANS = Plans()
 
 
 def _gradients(grad, x, weight, bias, mean, invstd, norm: Norm, wanted) -> tuple:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from aeup import _native, tuned
+from aeup import _native
 from aeup.backends import Kernel, Op, choose, get_backend, note
 from aeup.ops import compiled
-from aeup.ops.eager import MOST_PLANS, applied, exact, forward_ad, traced, transforms_active
+from aeup.ops.eager import Plans, applied, exact, forward_ad, traced, transforms_active
 
 MODES = ("nearest", "nearest-exact", "bilinear", "bicubic")
 _MODE_NUMBER = {mode: i for i, mode in enumerate(MODES)}
@@ -317,25 +317,22 @@ def plan_key(src: Tensor, options: tuple) -> tuple | None:
     given = exact(options)
     if given is None:
         return None
-    needs_grad = src.requires_grad and torch.is_grad_enabled()
-    return needs_grad, get_backend(), given, src.shape, src.stride(), src.dtype, src.device
+    return get_backend(), given, src.shape, src.stride(), src.dtype, src.device
 
 
 class Plan:
     """The map and the kernels of a call, decided once."""
 
-    __slots__ = ("args", "backend", "backwards", "m", "needs_grad", "own")
+    __slots__ = ("args", "backend", "backwards", "m", "own")
 
-    def __init__(self, key: tuple, src: Tensor, m: Map) -> None:
-        self.needs_grad, self.backend, self.m = key[0], key[1], m
+    def __init__(self, backend: str, src: Tensor, m: Map) -> None:
+        self.backend, self.m = backend, m
         self.args, self.backwards = _native_args(m, src.is_cpu), {}
         self.own = self.chosen(src, False)
-        if len(PLANS) >= MOST_PLANS:  # sizes that change from call to call
-            PLANS.clear()
-        PLANS[key] = self
 
     def run(self, src: Tensor) -> Tensor:
-        return _apply_planned(src, self) if self.needs_grad else self.by(self.own, src, False)
+        needs_grad = src.requires_grad and torch.is_grad_enabled()
+        return _apply_planned(src, self) if needs_grad else self.by(self.own, src, False)
 
     def chosen(self, src: Tensor, backward: bool) -> tuple[Kernel, int]:
         """The kernel, and the number under which the extension keeps the call, or -1: each argument of a call takes
@@ -363,8 +360,7 @@ class Plan:
         return self.by(chosen, grad, True)
 
 
-PLANS: dict[tuple, Plan] = {}
-tuned.on_change.append(PLANS.clear)
+PLANS = Plans()
 
 
 class _Planned(torch.autograd.Function):

@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from aeup import tuned
 from aeup.backends import Kernel, Op, choose, get_backend, note
 from aeup.ops import epilogue
 from aeup.ops.compiled import tf32
 from aeup.ops.conv_kernels import EPILOGUE
 from aeup.ops.conv_shapes import W, X, Y
-from aeup.ops.eager import MOST_PLANS, applied, exact, forward_ad, traced, transforms_active
+from aeup.ops.eager import Plans, applied, exact, forward_ad, traced, transforms_active
 from aeup.ops.epilogue import AFTER, activate, activation_gradient
 
 # What each map takes, in the order of its op's arguments.
@@ -213,10 +212,8 @@ class Maps:
         """activation(T(x, w) + bias), differentiable: [N, co, oh, ow]. The tensors have one dtype and device. `key`:
         their plan_key, under which the plan is kept."""
         if key is not None:
-            if len(self.plans) >= MOST_PLANS:  # sizes that change from call to call
-                self.plans.clear()
-            plan = self.plans[key] = Plan(self, *key[:2], x, w, bias, g, activation, slope)
-            return plan.run(x, w, bias)
+            plan = Plan(self, *key[:2], x, w, bias, g, activation, slope)
+            return self.plans.keep(key, plan).run(x, w, bias)
         if traced(x, w, bias):
             fused = None if activation in AFTER and _needs_grad(x, w, bias) else activation
             y = self.operators[Y](x, w, bias, *self.arguments(Y, g), fused, slope)
@@ -227,8 +224,7 @@ class Maps:
     # --- registration ---
 
     def __init__(self) -> None:
-        self.plans: dict[tuple, Plan] = {}
-        tuned.on_change.append(self.plans.clear)
+        self.plans = Plans()
         lib = self._lib = torch.library.Library("aeup", "FRAGMENT")
         names = {Y: self.name, X: f"{self.name}_input_gradient", W: f"{self.name}_weight_gradient"}
         for kind, name in names.items():

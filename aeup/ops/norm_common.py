@@ -14,7 +14,7 @@ from torch._prims_common import suggest_memory_format
 
 from aeup.backends import Op, choose
 from aeup.ops import compiled
-from aeup.ops.eager import MOST_PLANS, applied, scripted, traced, transforms_active
+from aeup.ops.eager import applied, scripted, traced, transforms_active
 
 
 def arithmetic(x: Tensor) -> torch.dtype:
@@ -102,14 +102,11 @@ class Plan:
     composed: Callable
     any_gradients: Callable
 
-    def __init__(self, key: tuple, args: tuple, plans: dict) -> None:
+    def __init__(self, key: tuple, args: tuple) -> None:
         self.needs_grad, self.backend, self.norm, self.backwards = *key[:3], {}
         kernel = choose(self.op, args[0], args, self.backend)
         self.alone = kernel is self.op.kernels["torch"]
         self.forward = kernel.plan(*args) if kernel.plan else lambda *tensors: kernel.run(*tensors, self.norm)
-        if len(plans) >= MOST_PLANS:  # sizes that change from call to call
-            plans.clear()
-        plans[key] = self
 
     def run(self, args: tuple) -> Tensor:
         if self.alone:

@@ -183,7 +183,12 @@ def _map_op(kind: int, cuda, public, on_cpu, cpu_refuses, method: str) -> Op:
         ),
         "triton": compiled.triton_kernel(NAMES[kind], public, "refuses_upsample_conv2d"),
         "cpu": Kernel(on_cpu, cpu_refuses, cpu.label_y if kind == Y else cpu.label_gradient),
-        "composed": Kernel(getattr(plain.BY_AEUP, method), _composed_refuses, _composed_label(kind)),
+        "composed": Kernel(
+            getattr(plain.BY_AEUP, method),
+            _composed_refuses,
+            _composed_label(kind),
+            plan=plain.BY_AEUP.plan if kind == Y else None,
+        ),
         "torch": Kernel(getattr(plain.BY_TORCH, method), _serves),
     }
     of_call = {"op": NAMES[Y], "pass": _PASSES[kind]}

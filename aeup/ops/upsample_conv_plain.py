@@ -4,6 +4,7 @@ By torch; or by aeup's resampling and, on a GPU, the convolution that the ops of
 upsampling by 1, which is a convolution alone.
 """
 
+from collections.abc import Callable
 from functools import lru_cache, partial
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from aeup.backends import choose
 from aeup.ops.conv_shapes import W, X
 from aeup.ops.epilogue import activate, activation_gradient
-from aeup.ops.interpolate import Map, reference, resample
+from aeup.ops.interpolate import Map, Plan, reference, resample
 from aeup.ops.maps import plan_key
 from aeup.ops.upsample_conv_shapes import UpsampleGeometry
 
@@ -99,6 +100,13 @@ class _OneAfterTheOther:
 
     def y(self, x, w, bias, g: UpsampleGeometry, activation, slope) -> Tensor:
         return self.of(x, g).y(self._upsampled(x, g), w, bias, g, activation, slope)
+
+    def plan(self, x, w, bias, g: UpsampleGeometry, activation, slope) -> Callable | None:
+        """What `y` does for such tensors, by a plan of the upsampling."""
+        if alone(g):
+            return None
+        upsampling, of = Plan("auto", x, g.m), self.of(x, g)
+        return lambda x, w, bias: of.y(upsampling.run(x), w, bias, g, activation, slope)
 
     def x(self, grad, w, g: UpsampleGeometry) -> Tensor:
         return self._downsampled(self.of(grad, g).x(grad, w, g), g)
