@@ -230,6 +230,19 @@ def test_empty_batch():
             assert leaves[0].grad.shape == x[:0].shape and leaves[1].grad.abs().max() == leaves[2].grad.abs().max() == 0
 
 
+@pytest.mark.parametrize("n", [0, 2])
+@pytest.mark.parametrize("layouts", [*itertools.product(LAYOUTS.values(), LAYOUTS.values())], ids=str)
+def test_strides_of_an_input_of_one_pixel(n, layouts):
+    """A matrix product on a CPU. (Those of one pixel, as of the input's gradient, say nothing.)"""
+    sizes = ((n, 3, 1, 1), (3, 4, 2, 2))
+    x, w = (torch.randn(s).to(memory_format=f).requires_grad_() for s, f in zip(sizes, layouts, strict=True))
+    strides = []
+    for fn in (aeup.conv_transpose2d, F.conv_transpose2d):
+        y = fn(x, w)
+        strides.append((y.stride(), torch.autograd.grad(y.sum(), w)[0].stride()))
+    assert strides[0] == strides[1]
+
+
 def test_some_gradients_only():
     for case in (CASES[0], LARGE_FEW[0]):
         *tensors, grad = case.tensors(torch.float32)

@@ -5,6 +5,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 from aeup import _native
 from aeup.backends import Kernel
@@ -80,6 +81,15 @@ def is_last(t: Tensor) -> bool:
 
 def either_last(a: Tensor, b: Tensor) -> bool:
     return is_last(a) or is_last(b)
+
+
+def memory_format(a: Tensor, b: Tensor) -> torch.memory_format:
+    """torch's rule for a convolution: channels-last if one of its operands is. It goes by the
+    strides, which a tensor of torch's older vmap has too."""
+    if type(a.shape[0]) is int and a.shape[0] == 0:
+        return torch.contiguous_format
+    last = torch.channels_last
+    return last if last in (suggest_memory_format(a), suggest_memory_format(b)) else torch.contiguous_format
 
 
 # --- triton ---

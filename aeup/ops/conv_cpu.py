@@ -10,8 +10,8 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 
+from aeup.ops.compiled import memory_format
 from aeup.ops.conv_shapes import Geometry, W, X, Y
 from aeup.ops.conv_torch import torch_w, torch_x, torch_y
 from aeup.ops.epilogue import activate
@@ -161,11 +161,6 @@ def label(kind: int):
 # --- the maps ---
 
 
-def _either_last(a: Tensor, b: Tensor) -> bool:
-    """By the strides, which a tensor of torch's older vmap has too."""
-    return _LAST in (suggest_memory_format(a), suggest_memory_format(b))
-
-
 def _rows(t: Tensor, last: bool) -> Tensor:
     """A matrix of all that is not the first dimension, in the order of memory."""
     n, c, h, w = t.shape
@@ -204,7 +199,7 @@ def run_x(grad, w, g: Geometry, bias=None) -> Tensor:
     if found == "through float32":
         return run_x(grad.float(), w.float(), g, None if bias is None else bias.float()).to(grad.dtype)
     if found == "matrix product":
-        last = _either_last(grad, w)
+        last = memory_format(grad, w) is _LAST
         rows, columns = _rows(grad, last), _rows(w, last).t()
         x = torch.mm(rows, columns) if bias is None else torch.addmm(bias, rows, columns)
         return _images(x, (g.ci, 1, 1), last)
@@ -218,13 +213,13 @@ def run_w(grad, x, g: Geometry, w) -> Tensor:
     if found == "through float32":
         return run_w(grad.float(), x.float(), g, None).to(grad.dtype)
     if found == "matrix product":
-        last = _either_last(grad, x if w is None else w)
+        last = (memory_format(x, grad) if w is None else memory_format(w, x)) is _LAST
         return _images(torch.mm(_rows(x, False).t(), _rows(grad, last)), (g.co, g.kh, g.kw), last)
     return torch_w(grad, x, g, w)
 
 
 def _product(x, w, bias, g: Geometry) -> Tensor:
-    last = _either_last(x, w)
+    last = memory_format(x, w) is _LAST
     x, columns, taps = _rows(x, False), _rows(w, last), g.kh * g.kw
     if bias is None:
         y = torch.mm(x, columns)

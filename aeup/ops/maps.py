@@ -11,11 +11,10 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 
 from aeup.backends import Kernel, Op, choose, get_backend, note
 from aeup.ops import epilogue
-from aeup.ops.compiled import tf32
+from aeup.ops.compiled import memory_format, tf32
 from aeup.ops.conv_kernels import EPILOGUE
 from aeup.ops.conv_shapes import W, X, Y
 from aeup.ops.eager import Plans, applied, exact, forward_ad, traced, transforms_active
@@ -24,14 +23,6 @@ from aeup.ops.epilogue import AFTER, activate, activation_gradient
 # What each map takes, in the order of its op's arguments.
 TAKES = {Y: (X, W), X: (Y, W), W: (Y, X)}
 _TAGS = (torch.Tag.pt2_compliant_tag,)
-
-
-def memory_format(a: Tensor, b: Tensor) -> torch.memory_format:
-    """torch's rule for a convolution: channels-last if one of its operands is."""
-    if type(a.shape[0]) is int and a.shape[0] == 0:
-        return torch.contiguous_format
-    last = torch.channels_last
-    return last if last in (suggest_memory_format(a), suggest_memory_format(b)) else torch.contiguous_format
 
 
 def autocast_to(device: str, *tensors: Tensor | None) -> tuple:
