@@ -94,6 +94,7 @@ def test_nothing_is_copied(monkeypatch):
     """The upsampled map of an upsampling by 1 is the input."""
     for chain in (plain.BY_AEUP, plain.BY_TORCH):
         monkeypatch.setattr(chain, "resample", None)
+    monkeypatch.setattr(plain, "Plan", None)
     x, w = torch.randn(2, 3, 6, 5, requires_grad=True), torch.randn(4, 3, 3, 3, requires_grad=True)
     for backend in ("auto", "torch"):
         with aeup.backend(backend):
