@@ -84,8 +84,8 @@ def either_last(a: Tensor, b: Tensor) -> bool:
 
 
 def memory_format(a: Tensor, b: Tensor) -> torch.memory_format:
-    """torch's rule for a convolution: channels-last if one of its operands is. It goes by the
-    strides, which a tensor of torch's older vmap has too."""
+    """torch's rule for a convolution: channels-last if one of its operands is. It goes by the strides, which a tensor
+    of torch's older vmap has too."""
     if type(a.shape[0]) is int and a.shape[0] == 0:
         return torch.contiguous_format
     last = torch.channels_last

@@ -5,6 +5,7 @@ and gradients of any order come for free (design: the backward gathers; no atomi
 """
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -158,17 +159,15 @@ def _native_args(m: Map, cpu: bool) -> tuple:
     return (*m[:4], _MODE_NUMBER[m.mode], m.align_corners, m.antialias, scale_h, scale_w)
 
 
-_native_op = compiled.raw("interpolate", "cpu")
-_native_plan = compiled.raw("interpolate_plan", "cpu")
-_native_planned = compiled.raw("interpolate_planned", "cpu")
-
-
 def _native_run(src: Tensor, m: Map, backward: bool) -> Tensor:
-    try:
-        return _native_op(src, *_native_args(m, src.is_cpu), backward)
-    except RuntimeError as error:
-        _native.raise_if_out_of_memory(error, src.device)
-        raise
+    return compiled.call("interpolate", src, *_native_args(m, src.is_cpu), backward, device=src.device.type)
+
+
+def _native_plan(src: Tensor, m: Map, backward: bool) -> Callable | None:
+    """By the number under which the extension keeps the call: each argument of a call takes long to pass."""
+    device = src.device.type
+    number = compiled.call("interpolate_plan", src, *_native_args(m, src.is_cpu), backward, device=device)
+    return None if number < 0 else compiled.bound("interpolate_planned", device, number)
 
 
 def _native_label(device: torch.device, src: Tensor, m: Map, backward: bool) -> str:
@@ -242,9 +241,9 @@ def _features(problem: tuple, device: torch.device) -> dict:
 OP = Op(
     "aeup.interpolate",
     {
-        "cuda": Kernel(_native_run, _cuda_refuses, _native_label),
+        "cuda": Kernel(_native_run, _cuda_refuses, _native_label, plan=_native_plan),
         "triton": Kernel(_triton_run, _triton_refuses),
-        "cpu": Kernel(_native_run, _cpu_refuses, _native_label),
+        "cpu": Kernel(_native_run, _cpu_refuses, _native_label, plan=_native_plan),
         "torch": Kernel(reference, lambda src, m, backward: None),
     },
     {"op": "interpolate"},
@@ -323,32 +322,21 @@ def plan_key(src: Tensor, options: tuple) -> tuple | None:
 class Plan:
     """The map and the kernels of a call, decided once."""
 
-    __slots__ = ("args", "backend", "backwards", "m", "own")
+    __slots__ = ("backend", "backwards", "forward", "m")
 
     def __init__(self, backend: str, src: Tensor, m: Map) -> None:
-        self.backend, self.m = backend, m
-        self.args, self.backwards = _native_args(m, src.is_cpu), {}
-        self.own = self.chosen(src, False)
+        self.backend, self.m, self.backwards = backend, m, {}
+        self.forward = self.chosen(src, False)
 
     def run(self, src: Tensor) -> Tensor:
         needs_grad = src.requires_grad and torch.is_grad_enabled()
-        return _apply_planned(src, self) if needs_grad else self.by(self.own, src, False)
+        return _apply_planned(src, self) if needs_grad else self.forward(src)
 
-    def chosen(self, src: Tensor, backward: bool) -> tuple[Kernel, int]:
-        """The kernel, and the number under which the extension keeps the call, or -1: each argument of a call takes
-        long to pass."""
-        kernel = choose(OP, src, (src, self.m, backward), self.backend)
-        return kernel, _native_plan(src, *self.args, backward) if kernel.run is _native_run else -1
-
-    def by(self, chosen: tuple[Kernel, int], src: Tensor, backward: bool) -> Tensor:
-        kernel, number = chosen
-        if number < 0:
-            return kernel.run(src, self.m, backward)
-        try:
-            return _native_planned(src, number)
-        except RuntimeError as error:
-            _native.raise_if_out_of_memory(error, src.device)
-            raise
+    def chosen(self, src: Tensor, backward: bool) -> Callable:
+        args = src, self.m, backward
+        kernel = choose(OP, src, args, self.backend)
+        planned = kernel.plan(*args) if kernel.plan else None
+        return planned or (lambda t: kernel.run(t, self.m, backward))
 
     def gradient(self, grad: Tensor) -> Tensor:
         if torch.is_grad_enabled() or transforms_active() or traced(grad):
@@ -357,7 +345,7 @@ class Plan:
         chosen = self.backwards.get(key)
         if chosen is None:
             chosen = self.backwards[key] = self.chosen(grad, True)
-        return self.by(chosen, grad, True)
+        return chosen(grad)
 
 
 PLANS = Plans()
@@ -368,7 +356,7 @@ class _Planned(torch.autograd.Function):
     def forward(ctx, src, plan):
         ctx.plan = plan
         ctx.set_materialize_grads(False)
-        return plan.by(plan.own, src, False)
+        return plan.forward(src)
 
     @staticmethod
     def backward(ctx, grad):

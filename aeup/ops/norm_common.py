@@ -126,12 +126,12 @@ class Plan:
         """What gives the gradients of such tensors that are wanted, else None."""
         args = *tensors, self.norm, wanted
         kernel = choose(self.backward, tensors[1], args, self.backend)
+        planned = kernel.plan(*args) if kernel.plan else lambda *tensors: kernel.run(*tensors, self.norm, wanted)
         if kernel.plan and all(wanted):
-            return kernel.plan(*args)  # in the dtypes of what they are of
+            return planned  # in the dtypes of what they are of
 
         def run(grad, x, mean, invstd, weight, bias):
-            found = kernel.run(grad, x, mean, invstd, weight, bias, self.norm, wanted)
-            return in_dtypes(found, (x, weight, bias), wanted)
+            return in_dtypes(planned(grad, x, mean, invstd, weight, bias), (x, weight, bias), wanted)
 
         return run
 
