@@ -71,7 +71,7 @@ def interpolate(
             recompute_scale_factor=recompute_scale_factor, antialias=antialias,
         )  # fmt: skip
     options = (size, scale_factor, mode, align_corners, recompute_scale_factor, antialias)
-    key = resample_key(input, options) if isinstance(input, Tensor) else None
+    key = resample_key(input, options)
     plan = None if key is None else PLANS.get(key)
     if plan is not None:
         return plan.run(input)

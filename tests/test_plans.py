@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 import aeup
@@ -160,6 +161,37 @@ def test_the_gradient_by_a_plan_follows_its_layout_and_can_be_differentiated():
     grad.requires_grad_()
     (first,) = torch.autograd.grad(y, x, grad, create_graph=True)
     assert torch.autograd.grad(first.sum(), grad)[0].shape == y.shape
+
+
+def _normed(fn, x):
+    y = fn(x, torch.zeros(4, dtype=x.dtype), torch.ones(4, dtype=x.dtype), training=True)
+    return y.relu()
+
+
+FORWARD_OVER_REVERSE = {
+    "interpolate": lambda lib, x: lib.interpolate(x, scale_factor=2, mode="bilinear"),
+    "conv_transpose2d": lambda lib, x: lib.conv_transpose2d(x, W.double(), stride=2),
+    "conv2d": lambda lib, x: lib.conv2d(x, W.double().transpose(0, 1), padding=1),
+    "upsample_conv2d": lambda lib, x: (
+        lib.upsample_conv2d(x, W.double().transpose(0, 1), padding=1)
+        if lib is aeup
+        else F.conv2d(F.interpolate(x, scale_factor=2), W.double().transpose(0, 1), padding=1)
+    ),
+    "batch_norm": lambda lib, x: _normed(lib.batch_norm, x),
+}
+
+
+@pytest.mark.parametrize("call", FORWARD_OVER_REVERSE.values(), ids=FORWARD_OVER_REVERSE)
+def test_a_gradient_by_a_plan_has_a_tangent(call):
+    """Forward AD begins after the forward has gone by its plan."""
+    x, found = X.double().requires_grad_(), []
+    for lib in (aeup, F):
+        y = call(lib, x)
+        with forward_ad.dual_level():
+            grad = forward_ad.make_dual(torch.full_like(y, 0.3), torch.arange(y.numel()).view_as(y).double().cos())
+            found.append(forward_ad.unpack_dual(torch.autograd.grad(y, x, grad)[0]))
+    torch.testing.assert_close(found[0].primal, found[1].primal)
+    torch.testing.assert_close(found[0].tangent, found[1].tangent)
 
 
 def test_extension_refuses_other_tensors_than_those_of_a_number():

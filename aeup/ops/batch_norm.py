@@ -16,7 +16,7 @@ from torch._prims_common import suggest_memory_format
 
 from aeup.backends import Kernel, Op, choose, get_backend, note, note_torch
 from aeup.ops import compiled
-from aeup.ops.eager import Plans, forward_ad, traced, transforms_active
+from aeup.ops.eager import Plans, differentiated, traced, unwatched
 from aeup.ops.epilogue import AFTER, NUMBER, activate, activation_gradient, check_activation
 from aeup.ops.norm_common import (
     Plan,
@@ -191,7 +191,7 @@ def batch_norm(x, weight, bias, running_mean, running_var, counter, norm: Norm) 
     `counter` of batches, where they are given."""
     args = x, weight, bias, running_mean, running_var, counter, norm
     key = None
-    if not (traced(x, weight, bias) or transforms_active() or forward_ad._current_level >= 0):
+    if unwatched(x, weight, bias):
         needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:3])
         by_channel = *map(place, args[1:5]), x.device, counter is None or (counter.device, counter.dtype)
         of_x = x.shape, x.stride(), x.dtype, x.layout
@@ -227,7 +227,7 @@ def _dispatched(x, weight, bias, running_mean, running_var, counter, norm: Norm)
 
 def _gradients(grad, x, weight, bias, mean, invstd, norm: Norm, wanted) -> tuple:
     """The gradients of x, weight and bias that are wanted, else None."""
-    if torch.is_grad_enabled() or transforms_active():  # the statistics depend on x
+    if differentiated():  # the statistics depend on x
         if norm.training:
             var, mean = torch.var_mean(x.to(arithmetic(x)), _AXES, correction=0)
             invstd = torch.rsqrt(var + norm.eps)

@@ -46,6 +46,20 @@ def bound(name: str, device: str, *rest) -> Callable:
     return run
 
 
+def by_number(name: str, device: str, number: int) -> Callable:
+    """`bound`, of one tensor and one number: 0.2 us less a call."""
+    operator = raw(name, device)
+
+    def run(tensor):
+        try:
+            return operator(tensor, number)
+        except RuntimeError as error:
+            _native.raise_if_out_of_memory(error, tensor.device)
+            raise
+
+    return run
+
+
 def planned(name: str, x: Tensor, w: Tensor, *args) -> Callable | None:
     """What operator `name` does for all (x, w, bias) with these sizes, strides, dtype and device, and with `args`; as a
     function of the three. The extension keeps `args` under a number: each argument of a call takes long to pass. None

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from aeup import tuned
 
@@ -15,7 +15,11 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 _modes_active = torch._C._len_torch_dispatch_stack
 _tracing = torch._C._get_tracing_state
 transforms_active = torch._C._are_functorch_transforms_active
-forward_ad = torch.autograd.forward_ad
+_forward_ad = torch.autograd.forward_ad
+
+
+def forward_ad_active() -> bool:
+    return _forward_ad._current_level >= 0
 
 
 class Plans(dict):
@@ -49,9 +53,30 @@ def traced(a: Tensor, b: Tensor | None = None, c: Tensor | None = None) -> bool:
     )
 
 
+def differentiated() -> bool:
+    """Whether a gradient that is being made shall have a derivative itself."""
+    return torch.is_grad_enabled() or transforms_active() or forward_ad_active()
+
+
+def unwatched(a: Tensor, b: Tensor | None = None, c: Tensor | None = None) -> bool:
+    """Whether an eager call may go by its plan: neither `traced` nor transformed, by torch.func or forward AD. One
+    expression, since every call asks."""
+    return not (
+        is_dynamo_compiling()  # other compilers and exporters come with a mode and tensors of their own
+        or type(a) not in _PLAIN
+        or (b is not None and type(b) not in _PLAIN)
+        or (c is not None and type(c) not in _PLAIN)
+        or _modes_active()
+        or _tracing() is not None
+        or transforms_active()
+        or _forward_ad._current_level >= 0
+    )
+
+
 def applied(function: type[torch.autograd.Function]) -> Callable:
     """`function.apply` for a plan, whose calls are not transformed: without what torch does first in Python for
-    torch.func."""
+    torch.func, and, in the backward, to find `function.backward`."""
+    function._backward_cls.apply = function.backward
     return super(torch.autograd.Function, function).apply
 
 

@@ -16,7 +16,7 @@ from torch._prims_common import suggest_memory_format
 
 from aeup.backends import Kernel, Op, choose, get_backend, note, note_torch
 from aeup.ops import compiled
-from aeup.ops.eager import Plans, forward_ad, traced, transforms_active
+from aeup.ops.eager import Plans, differentiated, traced, unwatched
 from aeup.ops.epilogue import AFTER, NUMBER, activate, activation_gradient, check_activation
 from aeup.ops.norm_common import (
     Plan,
@@ -188,7 +188,7 @@ def group_norm(x, weight, bias, norm: Norm) -> Tensor:
     """activation(group_norm(x)), [N, C, H, W], differentiable."""
     args = x, weight, bias, norm
     key = None
-    if not (traced(x, weight, bias) or transforms_active() or forward_ad._current_level >= 0):
+    if unwatched(x, weight, bias):
         needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:3])
         of_x = x.shape, x.stride(), x.dtype, x.device, x.layout, x.requires_grad
         key = needs_grad, get_backend(), norm, type(norm.groups), *of_x, *map(place, args[1:3])
@@ -212,7 +212,7 @@ PLANS = Plans()
 
 def _gradients(grad, x, weight, bias, mean, invstd, norm: Norm, wanted) -> tuple:
     """The gradients of x, weight and bias that are wanted, else None."""
-    if torch.is_grad_enabled() or transforms_active():  # the statistics depend on x
+    if differentiated():  # the statistics depend on x
         found = gradients_by_torch(grad, x, *_statistics(x, norm), weight, bias, norm)
     elif traced(grad, x):
         flags = norm.groups, norm.activation, norm.slope, wanted

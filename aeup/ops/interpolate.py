@@ -17,7 +17,7 @@ from torch._prims_common import suggest_memory_format
 from aeup import _native
 from aeup.backends import Kernel, Op, choose, get_backend, note
 from aeup.ops import compiled
-from aeup.ops.eager import Plans, applied, exact, forward_ad, traced, transforms_active
+from aeup.ops.eager import Plans, applied, exact, forward_ad_active, traced, transforms_active, unwatched
 
 MODES = ("nearest", "nearest-exact", "bilinear", "bicubic")
 _MODE_NUMBER = {mode: i for i, mode in enumerate(MODES)}
@@ -167,7 +167,7 @@ def _native_plan(src: Tensor, m: Map, backward: bool) -> Callable | None:
     """By the number under which the extension keeps the call: each argument of a call takes long to pass."""
     device = src.device.type
     number = compiled.call("interpolate_plan", src, *_native_args(m, src.is_cpu), backward, device=device)
-    return None if number < 0 else compiled.bound("interpolate_planned", device, number)
+    return None if number < 0 else compiled.by_number("interpolate_planned", device, number)
 
 
 def _native_label(device: torch.device, src: Tensor, m: Map, backward: bool) -> str:
@@ -311,7 +311,7 @@ _register("interpolate_backward", "interpolate", True)
 
 def plan_key(src: Tensor, options: tuple) -> tuple | None:
     """All that an eager call depends on, to look its Plan up by. None for the calls that cannot have one."""
-    if traced(src) or transforms_active() or forward_ad._current_level >= 0 or src.layout is not torch.strided:
+    if not unwatched(src) or src.layout is not torch.strided:
         return None
     given = exact(options)
     if given is None:
@@ -339,7 +339,7 @@ class Plan:
         return planned or (lambda t: kernel.run(t, self.m, backward))
 
     def gradient(self, grad: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or transforms_active() or traced(grad):
+        if torch.is_grad_enabled() or not unwatched(grad):
             return resample(grad, self.m, True, self.backend)
         key = grad.stride(), torch.get_num_threads()
         chosen = self.backwards.get(key)
@@ -411,7 +411,7 @@ def resample(src: Tensor, m: Map, backward: bool = False, backend: str | None = 
     backend = backend or get_backend()
     if transforms_active():
         return _TransformedResample.apply(src, m, backward, backend)
-    if (src.requires_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0:
+    if (src.requires_grad and torch.is_grad_enabled()) or forward_ad_active():
         return _Resample.apply(src, m, backward, backend)
     return choose(OP, src, (src, m, backward), backend).run(src, m, backward)
 

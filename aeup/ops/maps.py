@@ -17,7 +17,16 @@ from aeup.ops import epilogue
 from aeup.ops.compiled import memory_format, tf32
 from aeup.ops.conv_kernels import EPILOGUE
 from aeup.ops.conv_shapes import W, X, Y
-from aeup.ops.eager import Plans, applied, exact, forward_ad, traced, transforms_active
+from aeup.ops.eager import (
+    Plans,
+    applied,
+    differentiated,
+    exact,
+    forward_ad_active,
+    traced,
+    transforms_active,
+    unwatched,
+)
 from aeup.ops.epilogue import AFTER, activate, activation_gradient
 
 # What each map takes, in the order of its op's arguments.
@@ -40,13 +49,7 @@ def _empty(like: Tensor, shape: tuple, other: Tensor) -> Tensor:
 def plan_key(x: Tensor, w: Tensor, bias: Tensor | None, options: tuple) -> tuple | None:
     """All that an eager call's geometry and kernels depend on, to look its Plan up by. None for the calls that cannot
     have one: something watches or transforms the operators, or tensors or options are not of a plain kind."""
-    if (
-        w is None
-        or traced(x, w, bias)
-        or transforms_active()
-        or forward_ad._current_level >= 0
-        or not x.layout is w.layout is torch.strided
-    ):
+    if w is None or not unwatched(x, w, bias) or not x.layout is w.layout is torch.strided:
         return None
     given = exact(options)
     if given is None:
@@ -124,7 +127,7 @@ class Maps:
         backend = backend or get_backend()
         if transforms_active():
             return _TransformedLinear.apply(a, b, (self, kind, g, backend))
-        if (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)) or forward_ad._current_level >= 0:
+        if (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)) or forward_ad_active():
             return _Linear.apply(a, b, (self, kind, g, backend))
         return self.run(kind, a, b, g, backend)
 
@@ -154,7 +157,7 @@ class Maps:
 
     def gradients(self, grad, x, w, y, g, activation, slope, backend, needs):
         """Gradients of x, w and bias where `needs` asks for them, else None. `y` is the activated output, if any."""
-        if torch.is_grad_enabled() or transforms_active():  # differentiable, by torch's own operators
+        if differentiated():  # by torch's own operators
             if activation:
                 grad = activation_gradient(grad, y, activation, slope)
             bias = grad.sum((0, 2, 3)) if needs[2] else None
@@ -308,7 +311,7 @@ class Plan:
 
     def gradients(self, grad: Tensor, x: Tensor, w: Tensor, y: Tensor | None, needs: tuple) -> tuple:
         rest = self.g, self.fused, self.slope
-        if torch.is_grad_enabled() or transforms_active() or traced(grad, x, w):
+        if torch.is_grad_enabled() or not unwatched(grad, x, w):
             return self.maps.gradients(grad, x, w, y, *rest, self.backend, needs)
         key = (grad.stride(), needs, torch.get_num_threads())
         chosen = self.backwards.get(key)

@@ -14,7 +14,7 @@ from torch._prims_common import suggest_memory_format
 
 from aeup.backends import Op, choose
 from aeup.ops import compiled
-from aeup.ops.eager import applied, scripted, traced, transforms_active
+from aeup.ops.eager import applied, scripted, traced, transforms_active, unwatched
 
 
 def arithmetic(x: Tensor) -> torch.dtype:
@@ -114,7 +114,7 @@ class Plan:
         return _apply(*args[:-1], self) if self.needs_grad else self.forward(*args[:-1])[0]
 
     def gradients(self, grad, x, weight, bias, mean, invstd, wanted: tuple) -> tuple:
-        if torch.is_grad_enabled() or transforms_active() or traced(grad, x):
+        if torch.is_grad_enabled() or not unwatched(grad, x):
             return self.any_gradients(grad, x, weight, bias, mean, invstd, self.norm, wanted)
         tensors, key = (grad, x, mean, invstd, weight, bias), (grad.stride(), wanted)
         chosen = self.backwards.get(key)

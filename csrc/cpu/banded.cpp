@@ -20,7 +20,7 @@ namespace aeup {
 namespace AEUP_ISA {
 namespace {
 
-constexpr int64_t kSmallWork = 1 << 18;  // elements x taps below which a second thread costs more than it brings
+constexpr int64_t kSmallWork = 1 << 16;  // elements x taps below which a second thread costs more than it brings
 constexpr int64_t kSegment = 4096;       // elements of a row that a task keeps hot
 // Destinations from this size on are written past the caches. malloc hands smaller ones out again, still in a cache.
 constexpr int64_t kStreamBytes = 32 << 20;

@@ -12,7 +12,7 @@
 namespace aeup {
 namespace AEUP_ISA {
 
-constexpr int64_t kSmallBytes = 1 << 19;  // below, a second thread costs more than it brings
+constexpr int64_t kSmallBytes = 1 << 18;  // below, a second thread costs more than it brings
 
 struct Copy {
   const char* src;
