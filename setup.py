@@ -112,7 +112,7 @@ class BuildExt(build_ext):
             obj = temp / (source.replace("/", "-") + ".o")
             jobs.append((obj, CSRC / source, [*base, "-c", str(CSRC / source), "-o", str(obj)]))
         for isa, flags in ISAS.items():
-            for source in (CSRC / f"cpu/{name}.cpp" for name in ("banded", "batch_norm", "group_norm")):
+            for source in (CSRC / f"cpu/{name}.cpp" for name in ("banded", "batch_norm", "columns", "group_norm")):
                 obj = temp / f"cpu-{source.stem}-{isa}.o"
                 jobs.append((obj, source, [*base, f"-DAEUP_ISA={isa}", *flags, "-c", str(source), "-o", str(obj)]))
         architectures = []

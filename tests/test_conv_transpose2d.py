@@ -76,6 +76,11 @@ PIXEL = Case("one-pixel", (5, 12, 1, 1), (12, 7, 4, 3), {})
 MANY_OF_PIXEL = Case("one-pixel-many", (16, 100, 1, 1), (100, 64, 4, 4), {})
 DEEP = Case("deep", (1, 128, 4, 4), (128, 64, 4, 4), {"stride": 2, "padding": 1})
 CLASSES = Case("a-channel-a-class", (1, 21, 6, 5), (21, 21, 4, 4), {"stride": 2, "padding": 1})
+MANY_WEIGHTS = Case("many-weights", (1, 1024, 4, 4), (1024, 512, 4, 4), {"stride": 2, "padding": 1})
+MANY_OF_FEW = Case("many-weights-more-pixels", (2, 1024, 4, 5), (1024, 512, 4, 4), {"stride": 2, "padding": 1})
+LARGE_KERNEL = Case("large-kernel", (1, 21, 8, 9), (21, 21, 16, 16), {"stride": 8, "padding": 4})
+BLOCKS = Case("kernel-of-the-stride", (2, 64, 4, 3), (64, 130, 2, 2), {"stride": 2})
+COLUMNS = ("columns",) * 3
 PRODUCT, BY_FLOAT32 = ("matrix product",) * 3, ("through float32",) * 3
 WAYS = [  # of the op and its gradients by input and weight; "" is torch's own kernel
     (LARGE_FEW[0], torch.float32, "nchw", ("merged phases", "", "")),
@@ -93,8 +98,14 @@ WAYS = [  # of the op and its gradients by input and weight; "" is torch's own k
     (PIXEL, torch.float64, "nhwc", ("", "", "")),
     (MANY_OF_PIXEL, torch.float64, "nchw", PRODUCT),
     (MANY_OF_PIXEL, torch.float16, "nchw", BY_FLOAT32),
-    (DEEP, torch.bfloat16, "nchw", ("in channels-last", "", "")),
-    (DEEP, torch.bfloat16, "nhwc", ("", "", "")),
+    (DEEP, torch.bfloat16, "nchw", ("in channels-last", "", "columns")),
+    (DEEP, torch.bfloat16, "nhwc", ("", "columns", "columns")),
+    (MANY_WEIGHTS, torch.float32, "nchw", COLUMNS),
+    (MANY_WEIGHTS, torch.float32, "nhwc", COLUMNS),
+    (MANY_OF_FEW, torch.float32, "nchw", COLUMNS),
+    (MANY_WEIGHTS, torch.bfloat16, "nchw", ("in channels-last", "columns", "columns")),
+    (LARGE_KERNEL, torch.float32, "nhwc", ("", "", "columns")),
+    (BLOCKS, torch.bfloat16, "nhwc", ("columns", "", "columns")),
     (CLASSES, torch.float32, "nchw", ("", "in channels-last", "")),
     (CLASSES, torch.bfloat16, "nchw", ("", "in channels-last", "")),
 ]

@@ -1,6 +1,6 @@
-"""The cpu backend of the convolutions' maps: compositions of torch's operators that are faster than its own kernel for
-the call. Which ones, and when, was measured with oneDNN 3.12 on AVX-512 with bf16: ratios of medians, 2 threads, both
-layouts.
+"""The cpu backend of the convolutions' maps: compositions of torch's operators, in part with kernels of the extension,
+that are faster than torch's own kernel for the call. Which ones, and when, was measured with oneDNN 3.12 on AVX-512
+with bf16: ratios of medians, 2 threads, both layouts.
 
 The maps and their arguments are those of aeup/ops/conv_kernels.py.
 """
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from aeup.ops import conv_columns
 from aeup.ops.compiled import memory_format
 from aeup.ops.conv_shapes import Geometry, W, X, Y
 from aeup.ops.conv_torch import torch_w, torch_x, torch_y
@@ -28,6 +29,8 @@ def way(kind: int, g: Geometry, n: int, dtype: torch.dtype, last: bool, bias: bo
         return "matrix product"
     if dtype is not torch.float32 and _by_float32(kind, g, n, dtype, last):
         return "through float32"
+    if conv_columns.gains(kind, g, n, dtype, last):
+        return "columns"
     if kind == Y:
         if g.co <= 4 and _merges(g, n, dtype):
             return "merged phases"
@@ -182,6 +185,8 @@ def run_y(x, w, bias, g: Geometry, activation, slope) -> Tensor:
         return y.to(x.dtype)
     if found == "matrix product":
         y = _product(x, w, bias, g)
+    elif found == "columns":
+        y = conv_columns.run_y(x, w, bias, g)
     elif found == "merged phases":
         y = _merged(x, w, bias, g)
     elif found == "bias after":
@@ -203,6 +208,8 @@ def run_x(grad, w, g: Geometry, bias=None) -> Tensor:
         rows, columns = _rows(grad, last), _rows(w, last).t()
         x = torch.mm(rows, columns) if bias is None else torch.addmm(bias, rows, columns)
         return _images(x, (g.ci, 1, 1), last)
+    if found == "columns":
+        return conv_columns.run_x(grad, w, g, bias)
     if found == "in channels-last":
         return torch_x(grad.contiguous(memory_format=_LAST), w, g, bias).contiguous()
     return torch_x(grad, w, g, bias)
@@ -215,6 +222,8 @@ def run_w(grad, x, g: Geometry, w) -> Tensor:
     if found == "matrix product":
         last = (memory_format(x, grad) if w is None else memory_format(w, x)) is _LAST
         return _images(torch.mm(_rows(x, False).t(), _rows(grad, last)), (g.co, g.kh, g.kw), last)
+    if found == "columns":
+        return conv_columns.run_w(grad, x, g, w)
     return torch_w(grad, x, g, w)
 
 

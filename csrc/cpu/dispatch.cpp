@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "cpu/batch_norm.h"
+#include "cpu/columns.h"
 #include "cpu/group_norm.h"
 #include "cpu/plan.h"
 
@@ -40,6 +41,8 @@ void batch_norm_cpu(const BatchNorm& b, ParallelFor parallel) { AEUP_BEST(batch_
 void batch_norm_backward_cpu(const BatchNorm& b, ParallelFor parallel) { AEUP_BEST(batch_norm_backward)(b, parallel); }
 void group_norm_cpu(const GroupNorm& g, ParallelFor parallel) { AEUP_BEST(group_norm)(g, parallel); }
 void group_norm_backward_cpu(const GroupNorm& g, ParallelFor parallel) { AEUP_BEST(group_norm_backward)(g, parallel); }
+void to_columns_cpu(const Taps& t, ParallelFor parallel) { AEUP_BEST(to_columns)(t, parallel); }
+void from_columns_cpu(const Taps& t, ParallelFor parallel) { AEUP_BEST(from_columns)(t, parallel); }
 
 const char* cpu_instruction_set() {
 #if defined(__x86_64__)

@@ -1,0 +1,103 @@
+"""The maps of the transposed convolution on a CPU as one matrix product each (torch's), with the matrix of the taps:
+csrc/cpu/columns.h. Where weights are many and pixels few, oneDNN's time goes into packing the weights.
+
+The maps and their arguments are those of aeup/ops/conv_kernels.py; float32 and bfloat16, one group.
+"""
+
+import torch
+from torch import Tensor
+
+from aeup import _native
+from aeup.ops import compiled
+from aeup.ops.compiled import memory_format
+from aeup.ops.conv_shapes import Geometry, W, X
+
+_LAST = torch.channels_last
+MOST = 1 << 23  # elements of the matrix
+
+
+def gains(kind: int, g: Geometry, n: int, dtype: torch.dtype, last: bool) -> bool:
+    """Whether a map is faster so than by oneDNN; measured as aeup/ops/conv_cpu.py says. Y of overlapping taps in
+    bfloat16 would add rounded products, so it is not served."""
+    pixels, weights = n * g.ih * g.iw, g.ci * g.co * g.kh * g.kw
+    if _native.missing or g.groups > 1 or not 0 < pixels * g.co * g.kh * g.kw <= MOST:
+        return False
+    strided, large = g.sh * g.sw > 1, g.kh * g.kw >= 256 and weights >= 1 << 15
+    if dtype is torch.float32:
+        if weights >= 1 << 23 and 16 <= pixels <= 256:  # with fewer pixels the product's sums are not accurate
+            return True  # 1.1 to 6 times as fast
+        if kind == W:  # 1.1 to 11
+            many = weights >= 1 << 21 and 32 <= pixels <= (256 if last and strided else 64)
+            return many or (large and (last or pixels >= 64))
+        return False
+    if dtype is not torch.bfloat16 or weights < 1 << 15:
+        return False
+    even = strided and g.kh % g.sh == g.kw % g.sw == 0
+    if kind == W:  # 1.0 to 34
+        few = pixels <= 64 or (pixels <= 256 and (last or weights >= 1 << 21))
+        return few or (large and (last or pixels >= 64))
+    if kind == X and last:  # 1.0 to 11
+        if pixels <= 64:
+            return weights >= 1 << (17 if even else 20)
+        return even and pixels <= 256 and weights >= 1 << 19
+    if kind == X:  # 1.0 to 2.5; of several images the result would be transposed
+        return n == 1 and strided and pixels <= 64 and weights >= 1 << 18
+    return last and (g.kh, g.kw) == (g.sh, g.sw) and pixels <= 256  # 1.0 to 2.5
+
+
+def _options(g: Geometry, last: bool) -> tuple:
+    return g.ih, g.iw, g.kh, g.kw, *g.stride, *g.padding, g.dh, g.dw, last
+
+
+def _to_columns(grad: Tensor, g: Geometry, last: bool) -> Tensor:
+    """[co * kh * kw, n * ih * iw], or [n * ih * iw, kh * kw * co]."""
+    return compiled.call("to_columns", grad, *_options(g, last), device="cpu")
+
+
+def _pixels(x: Tensor, last: bool) -> Tensor:
+    """[ci, n * ih * iw], or [n * ih * iw, ci]."""
+    return x.permute(0, 2, 3, 1).flatten(0, 2) if last else x.transpose(0, 1).flatten(1)
+
+
+def _weights(w: Tensor, last: bool) -> Tensor:
+    """[ci, co * kh * kw], or [ci, kh * kw * co]."""
+    return (w.permute(0, 2, 3, 1) if last else w).flatten(1)
+
+
+def run_y(x: Tensor, w: Tensor, bias: Tensor | None, g: Geometry) -> Tensor:
+    last, n = memory_format(x, w) is _LAST, x.shape[0]
+    pixels, weights = _pixels(x, last), _weights(w, last)
+    if last and bias is not None and (g.kh, g.kw) == (g.sh, g.sw):  # with one tap a pixel the product rounds last
+        columns, bias = torch.addmm(bias.repeat(g.kh * g.kw), pixels, weights), None
+    elif last:
+        columns = torch.mm(pixels, weights)
+    else:
+        columns = torch.mm(weights.t(), pixels)
+    return compiled.call("from_columns", columns, bias, n, g.co, g.oh, g.ow, *_options(g, last), device="cpu")
+
+
+def run_x(grad: Tensor, w: Tensor, g: Geometry, bias: Tensor | None = None) -> Tensor:
+    """`bias` [ci]: added, for the convolution whose result this is."""
+    last, n = memory_format(grad, w) is _LAST, grad.shape[0]
+    columns, weights = _to_columns(grad, g, last), _weights(w, last)
+    first, second = (columns, weights.t()) if last else (weights, columns)
+    if bias is None:
+        x = torch.mm(first, second)
+    else:
+        x = torch.addmm(bias if last else bias[:, None], first, second)
+    if last:
+        return x.view(n, g.ih, g.iw, g.ci).permute(0, 3, 1, 2)
+    if n == 1:  # also in its strides
+        return x.view(1, g.ci, g.ih, g.iw)
+    return x.view(g.ci, n, g.ih, g.iw).transpose(0, 1).contiguous()
+
+
+def run_w(grad: Tensor, x: Tensor, g: Geometry, w: Tensor | None) -> Tensor:
+    """`w`: the tensor whose layout the result shall have; None: that of the operands."""
+    last = memory_format(grad, x) is _LAST
+    columns, pixels = _to_columns(grad, g, last), _pixels(x, last)
+    if last:
+        found = torch.mm(pixels.t(), columns).view(g.ci, g.kh, g.kw, g.co).permute(0, 3, 1, 2)
+    else:
+        found = torch.mm(pixels, columns.t()).view(g.ci, g.co, g.kh, g.kw)
+    return found.contiguous(memory_format=memory_format(grad if w is None else w, x))
