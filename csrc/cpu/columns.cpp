@@ -94,8 +94,39 @@ void to_planes(const Taps& t, ParallelFor parallel) {
   });
 }
 
+// Two taps a row, each a pixel of its own: no sums.
+template <class T>
+void pair_up(const T* even, const T* odd, T* to, int64_t n, const T* bias) {
+  if (!bias) {
+    for (int64_t j = 0; j < n; ++j) to[2 * j] = even[j], to[2 * j + 1] = odd[j];
+    return;
+  }
+  const auto added = to_arith(*bias);
+  for (int64_t j = 0; j < n; ++j) {
+    from_arith(to_arith(even[j]) + added, to + 2 * j), from_arith(to_arith(odd[j]) + added, to + 2 * j + 1);
+  }
+}
+template <class T>
+void from_separate_planes(const Taps& t, ParallelFor parallel) {
+  T* const image = static_cast<T*>(t.image);
+  const T* const columns = static_cast<const T*>(t.columns);
+  const T* const bias = static_cast<const T*>(t.bias);
+  const int64_t pixels = t.ih * t.iw, next = t.n * pixels;
+  over(parallel, t.n * t.c, [&](int64_t begin, int64_t end) {
+    for (int64_t plane = begin; plane < end; ++plane) {
+      const int64_t n = plane / t.c, c = plane % t.c;
+      for (int64_t y = 0; y < t.h; ++y) {
+        const T* const from = columns + ((c * t.kh + y % t.sh) * 2 * t.n + n) * pixels + y / t.sh * t.iw;
+        pair_up(from, from + next, image + (plane * t.h + y) * t.w, t.iw, bias ? bias + c : nullptr);
+      }
+    }
+  });
+}
+
 template <class T>
 void from_planes(const Taps& t, ParallelFor parallel) {
+  if (t.kw == 2 && t.sw == 2 && t.kh == t.sh && t.pw == 0 && t.ph == 0 && t.w == 2 * t.iw && t.h == t.sh * t.ih)
+    return from_separate_planes<T>(t, parallel);
   T* const image = static_cast<T*>(t.image);
   const T* const columns = static_cast<const T*>(t.columns);
   const T* const bias = static_cast<const T*>(t.bias);
