@@ -40,26 +40,28 @@ Tensor to_columns(const Tensor& given, int64_t ih, int64_t iw, int64_t kh, int64
   return columns;
 }
 
-// The other way, sums and bias [c]: columns as above -> image [n, c, h, w].
-Tensor from_columns(const Tensor& given, const std::optional<Tensor>& bias, int64_t n, int64_t c, int64_t h, int64_t w,
-                    int64_t ih, int64_t iw, int64_t kh, int64_t kw, int64_t sh, int64_t sw, int64_t ph, int64_t pw,
-                    int64_t dh, int64_t dw, bool channels_last) {
+// The other way, sums and bias [c]: columns as above -> images [first, first + n) of `image` [at least that, c, h, w].
+void from_columns(const Tensor& image, const Tensor& given, const std::optional<Tensor>& bias, int64_t first, int64_t n,
+                  int64_t ih, int64_t iw, int64_t kh, int64_t kw, int64_t sh, int64_t sw, int64_t ph, int64_t pw,
+                  int64_t dh, int64_t dw, bool channels_last) {
+  aeup::check(kName, image, "the image", 4);
   aeup::check(kName, given, "the matrix", 2);
+  aeup::same_kind(kName, given, image, "the matrix");
   aeup::Taps t = describe(given, ih, iw, kh, kw, sh, sw, ph, pw, dh, dw, channels_last);
-  if (n < 0 || c < 1 || h < 1 || w < 1) aeup::fail(kName, "the image has no pixels or channels");
-  const int64_t taps = c * kh * kw, pixels = n * ih * iw;
+  if (n < 0 || first < 0 || first > image.size(0) - n) aeup::fail(kName, "there are no such images");
+  t.n = n, t.c = image.size(1), t.h = image.size(2), t.w = image.size(3);
+  const int64_t taps = t.c * kh * kw, pixels = n * ih * iw;
   if (given.size(0) != (channels_last ? pixels : taps) || given.size(1) != (channels_last ? taps : pixels))
-    aeup::fail(kName, "the matrix is not that of the image");
+    aeup::fail(kName, "the matrix is not that of the images");
+  const int64_t before = first * t.c * t.h * t.w;
+  if (n * t.c * t.h * t.w == 0) return;
+  if (!aeup::is_dense(image, channels_last)) aeup::fail(kName, "the image is not dense in its layout");
   const Tensor columns = given.is_contiguous() ? given : torch::stable::contiguous(given);
-  const auto added = aeup::bias_of(kName, bias, columns, c);
-  const std::array<int64_t, 4> size{n, c, h, w};
-  Tensor image = aeup::empty_like(columns, aeup::Sizes(size.data(), 4), channels_last);
-  if (image.numel() == 0) return image;
-  t.n = n, t.c = c, t.h = h, t.w = w;
-  t.columns = const_cast<void*>(columns.const_data_ptr()), t.image = image.mutable_data_ptr();
+  const auto added = aeup::bias_of(kName, bias, columns, t.c);
+  t.columns = const_cast<void*>(columns.const_data_ptr());
+  t.image = static_cast<char*>(image.mutable_data_ptr()) + before * image.element_size();
   t.bias = added ? added->const_data_ptr() : nullptr;
   aeup::from_columns_cpu(t, aeup::torch_parallel);
-  return image;
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(aeup_native, m) {
@@ -67,8 +69,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(aeup_native, m) {
       "to_columns(Tensor image, int ih, int iw, int kh, int kw, int sh, int sw, int ph, int pw, int dh, int dw, bool "
       "channels_last) -> Tensor");
   m.def(
-      "from_columns(Tensor columns, Tensor? bias, int n, int c, int h, int w, int ih, int iw, int kh, int kw, int sh, "
-      "int sw, int ph, int pw, int dh, int dw, bool channels_last) -> Tensor");
+      "from_columns(Tensor(a!) image, Tensor columns, Tensor? bias, int first, int n, int ih, int iw, int kh, int kw, "
+      "int sh, int sw, int ph, int pw, int dh, int dw, bool channels_last) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(aeup_native, CPU, m) {

@@ -69,7 +69,8 @@ def test_against_unfold_and_its_gradient(geometry, dtype):
         bias, grad = torch.randn(c).to(dtype), torch.randn(columns.shape).to(dtype)
         (sums,) = torch.autograd.grad(expected, leaf, grad.double())
         for added in (None, bias):
-            found = torch.ops.aeup_native.from_columns(grad, added, *image.shape, *options(geometry, last))
+            found = torch.empty_like(image)
+            torch.ops.aeup_native.from_columns(found, grad, added, 0, n, *options(geometry, last))
             true = sums if added is None else sums + added.double()[:, None, None]
             assert found.dtype is dtype and found.is_contiguous(memory_format=layout)
             eps = torch.finfo(dtype).eps
@@ -83,7 +84,8 @@ def test_more_threads_give_the_same_bits():
     try:
         for n in (1, 2, 3):
             torch.set_num_threads(n)
-            found.append(torch.ops.aeup_native.from_columns(columns, None, 2, 5, 8, 6, *options(geometry, False)))
+            found.append(torch.empty(2, 5, 8, 6))
+            torch.ops.aeup_native.from_columns(found[-1], columns, None, 0, 2, *options(geometry, False))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(found[0], other) for other in found[1:])
@@ -97,9 +99,11 @@ def test_refusals():
         (lambda: ops.to_columns(image.double(), *right), "float32 and bfloat16"),
         (lambda: ops.to_columns(image[0], *right), "4 dimensions"),
         (lambda: ops.to_columns(image, 4, 3, 4, 4, 0, 2, 1, 1, 1, 1, False), "at least 1"),
-        (lambda: ops.from_columns(columns[1:], None, *image.shape, *right), "not that of the image"),
-        (lambda: ops.from_columns(columns, torch.randn(4), *image.shape, *right), "5 elements"),
-        (lambda: ops.from_columns(columns, None, 2, 5, 0, 6, *right), "no pixels"),
+        (lambda: ops.from_columns(image, columns[1:], None, 0, 2, *right), "not that of the images"),
+        (lambda: ops.from_columns(image, columns, torch.randn(4), 0, 2, *right), "5 elements"),
+        (lambda: ops.from_columns(image, columns, None, 1, 2, *right), "no such images"),
+        (lambda: ops.from_columns(image, columns.bfloat16(), None, 0, 2, *right), "differs in dtype"),
+        (lambda: ops.from_columns(image.mT, columns, None, 0, 2, *right), "not dense"),
     ):
         with pytest.raises(RuntimeError, match=message):
             wrong()
@@ -122,5 +126,17 @@ def test_empty_batch():
     for last, geometry in itertools.product((False, True), GEOMETRIES[:1]):
         found = torch.ops.aeup_native.to_columns(torch.randn(0, 5, 8, 6), *options(geometry, last))
         assert found.numel() == 0
-        image = torch.ops.aeup_native.from_columns(found, None, 0, 5, 8, 6, *options(geometry, last))
-        assert image.shape == (0, 5, 8, 6)
+        torch.ops.aeup_native.from_columns(torch.empty(0, 5, 8, 6), found, None, 0, 0, *options(geometry, last))
+
+
+def test_some_images_of_a_batch():
+    geometry = GEOMETRIES[0]
+    for last, layout in zip((False, True), LAYOUTS, strict=True):
+        image = torch.randn(2, 5, 8, 6).contiguous(memory_format=layout)
+        columns = torch.ops.aeup_native.to_columns(image, *options(geometry, last))
+        whole, parts = torch.empty_like(image), torch.full_like(image, torch.nan)
+        torch.ops.aeup_native.from_columns(whole, columns, None, 0, 2, *options(geometry, last))
+        for i in (1, 0):
+            columns = torch.ops.aeup_native.to_columns(image[i : i + 1], *options(geometry, last))
+            torch.ops.aeup_native.from_columns(parts, columns, None, i, 1, *options(geometry, last))
+        assert torch.equal(whole, parts)

@@ -13,19 +13,23 @@ from aeup.ops.compiled import memory_format
 from aeup.ops.conv_shapes import Geometry, W, X, Y
 
 _LAST = torch.channels_last
-MOST = 1 << 25  # elements of the matrix
+_MOST = 1 << 25  # elements of the matrix
+_LARGE = 1 << 12  # pixels of an image
 
 
 def gains(kind: int, g: Geometry, n: int, dtype: torch.dtype, last: bool) -> bool:
     """Whether a map is faster so than by oneDNN; measured as aeup/ops/conv_cpu.py says. Y of overlapping taps in
     bfloat16 would add rounded products, so it is not served."""
     pixels, weights = n * g.ih * g.iw, g.ci * g.co * g.kh * g.kw
-    if _native.missing or g.groups > 1 or not 0 < pixels * g.co * g.kh * g.kw <= MOST:
+    in_one = g.ih * g.iw if kind == Y and g.ih * g.iw >= _LARGE else pixels
+    if _native.missing or g.groups > 1 or not 0 < in_one * g.co * g.kh * g.kw <= _MOST or n == 0:
         return False
     doubling = g.kw == 2 and _no_overlap(g) and g.padding == g.output_padding == (0, 0)  # as in a U-Net
     if doubling and not last and pixels >= 256 and dtype in (torch.float32, torch.bfloat16):
-        if kind == Y:
-            return n == 1  # 1.1 to 3.7 times as fast
+        if kind == Y and n == 1:
+            return True  # 1.1 to 3.7 times as fast
+        if kind == Y and g.ih * g.iw >= _LARGE:  # 1.2 to 5
+            return dtype is torch.bfloat16 or n * g.co * g.oh * g.ow >= 1 << 23
         if kind == W and dtype is torch.bfloat16 and weights >= 1 << 13:
             return True  # 1.0 to 2.9
     strided, large = g.sh * g.sw > 1, g.kh * g.kw >= 256 and weights >= 1 << 15
@@ -47,7 +51,7 @@ def gains(kind: int, g: Geometry, n: int, dtype: torch.dtype, last: bool) -> boo
             return weights >= 1 << (17 if even else 20)
         return even and pixels <= 256 and weights >= 1 << 19
     if kind == X:  # 1.0 to 2.5; of several images the result would be transposed
-        return n == 1 and strided and pixels <= 64 and weights >= 1 << 18
+        return n == 1 and strided and not large and pixels <= 64 and weights >= 1 << 18
     return last and _no_overlap(g) and pixels <= 256  # 1.0 to 2.5
 
 
@@ -75,7 +79,17 @@ def _weights(w: Tensor, last: bool) -> Tensor:
 
 
 def run_y(x: Tensor, w: Tensor, bias: Tensor | None, g: Geometry) -> Tensor:
-    last, n = memory_format(x, w) is _LAST, x.shape[0]
+    layout, n = memory_format(x, w), x.shape[0]
+    y = torch.empty((n, g.co, g.oh, g.ow), dtype=x.dtype, device=x.device, memory_format=layout)
+    # Where images are large, one after another: the matrix stays in the caches, and x as it lies.
+    at_once = 1 if g.ih * g.iw >= _LARGE else n
+    for first in range(0, n, at_once):
+        _add_images(y, x[first : first + at_once], w, bias, g, layout is _LAST, first)
+    return y
+
+
+def _add_images(y: Tensor, x: Tensor, w: Tensor, bias: Tensor | None, g: Geometry, last: bool, at: int) -> None:
+    """y[at:] of x."""
     pixels, weights = _pixels(x, last), _weights(w, last)
     first, second = (pixels, weights) if last else (weights.t(), pixels)
     if bias is not None and _no_overlap(g):  # the product's sums are the result's, which round once
@@ -84,7 +98,7 @@ def run_y(x: Tensor, w: Tensor, bias: Tensor | None, g: Geometry) -> Tensor:
         columns, bias = torch.addmm(added, first, second), None
     else:
         columns = torch.mm(first, second)
-    return compiled.call("from_columns", columns, bias, n, g.co, g.oh, g.ow, *_options(g, last), device="cpu")
+    compiled.call("from_columns", y, columns, bias, at, x.shape[0], *_options(g, last), device="cpu")
 
 
 def run_x(grad: Tensor, w: Tensor, g: Geometry, bias: Tensor | None = None) -> Tensor:
