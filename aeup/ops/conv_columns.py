@@ -4,6 +4,8 @@ csrc/cpu/columns.h. Where weights are many and pixels few, oneDNN's time goes in
 The maps and their arguments are those of aeup/ops/conv_kernels.py; float32 and bfloat16, one group.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -24,8 +26,10 @@ def gains(kind: int, g: Geometry, n: int, dtype: torch.dtype, last: bool) -> boo
     in_one = g.ih * g.iw if kind == Y and g.ih * g.iw >= _LARGE else pixels
     if _native.missing or g.groups > 1 or not 0 < in_one * g.co * g.kh * g.kw <= _MOST or n == 0:
         return False
+    if dtype is not torch.float32 and (dtype is not torch.bfloat16 or _bfloat16_is_slow()):
+        return False
     doubling = g.kw == 2 and _no_overlap(g) and g.padding == g.output_padding == (0, 0)  # as in a U-Net
-    if doubling and not last and pixels >= 256 and dtype in (torch.float32, torch.bfloat16):
+    if doubling and not last and pixels >= 256:
         if kind == Y and n == 1:
             return True  # 1.1 to 3.7 times as fast
         if kind == Y and g.ih * g.iw >= _LARGE:  # 1.2 to 5
@@ -40,7 +44,7 @@ def gains(kind: int, g: Geometry, n: int, dtype: torch.dtype, last: bool) -> boo
             many = weights >= 1 << 21 and 32 <= pixels <= (256 if last and strided else 64)
             return many or (large and (last or pixels >= 64))
         return False
-    if dtype is not torch.bfloat16 or weights < 1 << 15:
+    if weights < 1 << 15:
         return False
     even = strided and g.kh % g.sh == g.kw % g.sw == 0
     if kind == W:  # 1.0 to 34
@@ -53,6 +57,12 @@ def gains(kind: int, g: Geometry, n: int, dtype: torch.dtype, last: bool) -> boo
     if kind == X:  # 1.0 to 2.5; of several images the result would be transposed
         return n == 1 and strided and not large and pixels <= 64 and weights >= 1 << 18
     return last and _no_overlap(g) and pixels <= 256  # 1.0 to 2.5
+
+
+@lru_cache(None)
+def _bfloat16_is_slow() -> bool:
+    """Without oneDNN's products of bfloat16 torch takes its plain loops."""
+    return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _no_overlap(g: Geometry) -> bool:
