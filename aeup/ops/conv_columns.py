@@ -41,7 +41,7 @@ def gains(kind: int, g: Geometry, n: int, dtype: torch.dtype, last: bool) -> boo
         if weights >= 1 << 23 and 16 <= pixels <= 256:  # with fewer pixels the product's sums are not accurate
             return True  # 1.1 to 6
         if kind == W:  # 1.1 to 11
-            many = weights >= 1 << 21 and 32 <= pixels <= (256 if last and strided else 64)
+            many = last and weights >= 1 << 21 and 32 <= pixels <= (256 if strided else 64)
             return many or (large and (last or pixels >= 64))
         return False
     if weights < 1 << 15:
@@ -56,7 +56,7 @@ def gains(kind: int, g: Geometry, n: int, dtype: torch.dtype, last: bool) -> boo
         return even and pixels <= 256 and weights >= 1 << 19
     if kind == X:  # 1.0 to 2.5; of several images the result would be transposed
         return n == 1 and strided and not large and pixels <= 64 and weights >= 1 << 18
-    return last and _no_overlap(g) and pixels <= 256  # 1.0 to 2.5
+    return last and _no_overlap(g) and pixels <= (64 if n == 1 else 256)  # 1.0 to 2.5
 
 
 @lru_cache(None)
