@@ -81,6 +81,7 @@ MANY_OF_FEW = Case("many-weights-more-pixels", (2, 1024, 4, 5), (1024, 512, 4, 4
 LARGE_KERNEL = Case("large-kernel", (1, 21, 8, 9), (21, 21, 16, 16), {"stride": 8, "padding": 4})
 BLOCKS = Case("kernel-of-the-stride", (2, 64, 4, 3), (64, 130, 2, 2), {"stride": 2})
 DOUBLING = Case("doubling", (1, 70, 17, 16), (70, 40, 2, 2), {"stride": 2})
+BEYOND = Case("a-row-no-tap-reaches", (1, 1024, 5, 4), (1024, 2048, 2, 2), {"stride": 2, "output_padding": (1, 0)})
 DOUBLING_OF_TWO = Case("doubling-large-images", (2, 64, 64, 65), (64, 32, 2, 2), {"stride": 2})
 COLUMNS = ("columns",) * 3
 PRODUCT, BY_FLOAT32 = ("matrix product",) * 3, ("through float32",) * 3
@@ -109,6 +110,7 @@ WAYS = [  # of the op and its gradients by input and weight; "" is torch's own k
     (LARGE_KERNEL, torch.float32, "nhwc", ("", "", "columns")),
     (BLOCKS, torch.bfloat16, "nhwc", ("columns", "", "columns")),
     (DOUBLING, torch.float32, "nchw", ("columns", "", "")),
+    (BEYOND, torch.float32, "nhwc", COLUMNS),
     (DOUBLING, torch.bfloat16, "nchw", ("columns", "", "columns")),
     (DOUBLING_OF_TWO, torch.bfloat16, "nchw", ("columns", "", "columns")),
     (CLASSES, torch.float32, "nchw", ("", "in channels-last", "")),

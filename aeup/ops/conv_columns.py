@@ -28,7 +28,7 @@ def gains(kind: int, g: Geometry, n: int, dtype: torch.dtype, last: bool) -> boo
         return False
     if dtype is not torch.float32 and (dtype is not torch.bfloat16 or _bfloat16_is_slow()):
         return False
-    doubling = g.kw == 2 and _no_overlap(g) and g.padding == g.output_padding == (0, 0)  # as in a U-Net
+    doubling = g.kw == 2 and _one_tap_each(g) and g.padding == (0, 0)  # as in a U-Net
     if doubling and not last and pixels >= 256:
         if kind == Y and n == 1:
             return True  # 1.1 to 3.7 times as fast
@@ -56,7 +56,7 @@ def gains(kind: int, g: Geometry, n: int, dtype: torch.dtype, last: bool) -> boo
         return even and pixels <= 256 and weights >= 1 << 19
     if kind == X:  # 1.0 to 2.5; of several images the result would be transposed
         return n == 1 and strided and not large and pixels <= 64 and weights >= 1 << 18
-    return last and _no_overlap(g) and pixels <= (64 if n == 1 else 256)  # 1.0 to 2.5
+    return last and _one_tap_each(g) and pixels <= (64 if n == 1 else 256)  # 1.0 to 2.5
 
 
 @lru_cache(None)
@@ -65,8 +65,9 @@ def _bfloat16_is_slow() -> bool:
     return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def _no_overlap(g: Geometry) -> bool:
-    return (g.kh, g.kw) == (g.sh, g.sw) and g.dh == g.dw == 1
+def _one_tap_each(g: Geometry) -> bool:
+    """Whether every pixel of y is made by exactly one tap."""
+    return (g.kh, g.kw) == (g.sh, g.sw) and g.dh == g.dw == 1 and g.output_padding == (0, 0)
 
 
 def _options(g: Geometry, last: bool) -> tuple:
@@ -102,7 +103,7 @@ def _add_images(y: Tensor, x: Tensor, w: Tensor, bias: Tensor | None, g: Geometr
     """y[at:] of x."""
     pixels, weights = _pixels(x, last), _weights(w, last)
     first, second = (pixels, weights) if last else (weights.t(), pixels)
-    if bias is not None and _no_overlap(g):  # the product's sums are the result's, which round once
+    if bias is not None and _one_tap_each(g):  # the product's sums are the result's, which round once
         taps = g.kh * g.kw
         added = bias.repeat(taps) if last else bias.repeat_interleave(taps)[:, None]
         columns, bias = torch.addmm(added, first, second), None
