@@ -1,5 +1,5 @@
 // The compiled operators torch.ops.aeup_native.{to,from}_columns: a convolution's taps as a matrix, on the CPU;
-// aeup/ops/conv_cpu.py multiplies with it.
+// aeup/ops/conv_columns.py multiplies with it.
 #include <array>
 
 #include "cpu/columns.h"

@@ -84,9 +84,19 @@ def _pixels(x: Tensor, last: bool) -> Tensor:
     return x.permute(0, 2, 3, 1).flatten(0, 2) if last else x.transpose(0, 1).flatten(1)
 
 
-def _weights(w: Tensor, last: bool) -> Tensor:
-    """[ci, co * kh * kw], or [ci, kh * kw * co]."""
-    return (w.permute(0, 2, 3, 1) if last else w).flatten(1)
+def rows_of(t: Tensor, last: bool) -> Tensor:
+    """A matrix of all that is not the first dimension, in the order of memory: weights as [ci, co * kh * kw], or
+    [ci, kh * kw * co]."""
+    n, c, h, w = t.shape
+    return (t.permute(0, 2, 3, 1) if last else t).reshape(n, c * h * w)
+
+
+def images_of(rows: Tensor, shape: tuple, last: bool) -> Tensor:
+    """What :func:`rows_of` was made of; `shape`: (channels, h, w)."""
+    c, h, w = shape
+    if last:
+        return rows.view(rows.shape[0], h, w, c).permute(0, 3, 1, 2)
+    return rows.view(rows.shape[0], c, h, w)
 
 
 def run_y(x: Tensor, w: Tensor, bias: Tensor | None, g: Geometry) -> Tensor:
@@ -101,7 +111,7 @@ def run_y(x: Tensor, w: Tensor, bias: Tensor | None, g: Geometry) -> Tensor:
 
 def _add_images(y: Tensor, x: Tensor, w: Tensor, bias: Tensor | None, g: Geometry, last: bool, at: int) -> None:
     """y[at:] of x."""
-    pixels, weights = _pixels(x, last), _weights(w, last)
+    pixels, weights = _pixels(x, last), rows_of(w, last)
     first, second = (pixels, weights) if last else (weights.t(), pixels)
     if bias is not None and _one_tap_each(g):  # the product's sums are the result's, which round once
         taps = g.kh * g.kw
@@ -115,7 +125,7 @@ def _add_images(y: Tensor, x: Tensor, w: Tensor, bias: Tensor | None, g: Geometr
 def run_x(grad: Tensor, w: Tensor, g: Geometry, bias: Tensor | None = None) -> Tensor:
     """`bias` [ci]: added, for the convolution whose result this is."""
     last, n = memory_format(grad, w) is _LAST, grad.shape[0]
-    columns, weights = _to_columns(grad, g, last), _weights(w, last)
+    columns, weights = _to_columns(grad, g, last), rows_of(w, last)
     first, second = (columns, weights.t()) if last else (weights, columns)
     if bias is None:
         x = torch.mm(first, second)
@@ -132,8 +142,6 @@ def run_w(grad: Tensor, x: Tensor, g: Geometry, w: Tensor | None) -> Tensor:
     """`w`: the tensor whose layout the result shall have; None: that of the operands."""
     last = memory_format(grad, x) is _LAST
     columns, pixels = _to_columns(grad, g, last), _pixels(x, last)
-    if last:
-        found = torch.mm(pixels.t(), columns).view(g.ci, g.kh, g.kw, g.co).permute(0, 3, 1, 2)
-    else:
-        found = torch.mm(pixels, columns.t()).view(g.ci, g.co, g.kh, g.kw)
+    rows = torch.mm(pixels.t(), columns) if last else torch.mm(pixels, columns.t())
+    found = images_of(rows, (g.co, g.kh, g.kw), last)
     return found.contiguous(memory_format=memory_format(grad if w is None else w, x))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from aeup.ops import conv_columns
 from aeup.ops.compiled import memory_format
+from aeup.ops.conv_columns import images_of, rows_of
 from aeup.ops.conv_shapes import Geometry, W, X, Y
 from aeup.ops.conv_torch import torch_w, torch_x, torch_y
 from aeup.ops.epilogue import activate
@@ -164,20 +165,6 @@ def label(kind: int):
 # --- the maps ---
 
 
-def _rows(t: Tensor, last: bool) -> Tensor:
-    """A matrix of all that is not the first dimension, in the order of memory."""
-    n, c, h, w = t.shape
-    return (t.permute(0, 2, 3, 1) if last else t).reshape(n, c * h * w)
-
-
-def _images(rows: Tensor, shape: tuple, last: bool) -> Tensor:
-    """What :func:`_rows` was made of; `shape`: (channels, h, w)."""
-    c, h, w = shape
-    if last:
-        return rows.view(rows.shape[0], h, w, c).permute(0, 3, 1, 2)
-    return rows.view(rows.shape[0], c, h, w)
-
-
 def run_y(x, w, bias, g: Geometry, activation, slope) -> Tensor:
     found = _way_of(Y, x, w, g, bias is not None)
     if found == "through float32":
@@ -205,9 +192,9 @@ def run_x(grad, w, g: Geometry, bias=None) -> Tensor:
         return run_x(grad.float(), w.float(), g, None if bias is None else bias.float()).to(grad.dtype)
     if found == "matrix product":
         last = memory_format(grad, w) is _LAST
-        rows, columns = _rows(grad, last), _rows(w, last).t()
+        rows, columns = rows_of(grad, last), rows_of(w, last).t()
         x = torch.mm(rows, columns) if bias is None else torch.addmm(bias, rows, columns)
-        return _images(x, (g.ci, 1, 1), last)
+        return images_of(x, (g.ci, 1, 1), last)
     if found == "columns":
         return conv_columns.run_x(grad, w, g, bias)
     if found == "in channels-last":
@@ -221,7 +208,7 @@ def run_w(grad, x, g: Geometry, w) -> Tensor:
         return run_w(grad.float(), x.float(), g, None).to(grad.dtype)
     if found == "matrix product":
         last = (memory_format(x, grad) if w is None else memory_format(w, x)) is _LAST
-        return _images(torch.mm(_rows(x, False).t(), _rows(grad, last)), (g.co, g.kh, g.kw), last)
+        return images_of(torch.mm(rows_of(x, False).t(), rows_of(grad, last)), (g.co, g.kh, g.kw), last)
     if found == "columns":
         return conv_columns.run_w(grad, x, g, w)
     return torch_w(grad, x, g, w)
@@ -229,12 +216,12 @@ def run_w(grad, x, g: Geometry, w) -> Tensor:
 
 def _product(x, w, bias, g: Geometry) -> Tensor:
     last = memory_format(x, w) is _LAST
-    x, columns, taps = _rows(x, False), _rows(w, last), g.kh * g.kw
+    x, columns, taps = rows_of(x, False), rows_of(w, last), g.kh * g.kw
     if bias is None:
         y = torch.mm(x, columns)
     else:
         y = torch.addmm(bias.repeat(taps) if last else bias.repeat_interleave(taps), x, columns)
-    return _images(y, (g.co, g.kh, g.kw), last)
+    return images_of(y, (g.co, g.kh, g.kw), last)
 
 
 def _merged(x, w, bias, g: Geometry) -> Tensor:
