@@ -3,6 +3,7 @@
 TRITON_INTERPRET must be set before Triton is imported and would change every other test of the process, so that without
 a GPU a test file runs itself in a process of its own (`check_in_the_interpreter`)."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -71,5 +72,45 @@ def patch_language_once():
     interpreter._patch_lang = patch_once
 
 
+def keep_types():
+    """The interpreter makes its types anew, their names included, for every value of every operation."""
+    import triton.language.core as core
+    import triton.runtime.interpreter as interpreter
+
+    numpy_type = interpreter._get_np_dtype
+    kept_numpy_type = functools.cache(numpy_type)
+
+    def scalar_numpy_type(ty):
+        return (kept_numpy_type if type(ty.scalar) is core.dtype else numpy_type)(ty.scalar)
+
+    interpreter._get_np_dtype = scalar_numpy_type
+
+    make, blocks = core.block_type.__init__, {}
+
+    def block_type(self, element_ty, shape):
+        if type(element_ty) is not core.dtype:  # pointers have no hash
+            return make(self, element_ty, shape)
+        key = element_ty, *map(core._unwrap_if_constexpr, shape)
+        if key not in blocks:
+            make(self, element_ty, shape)
+            blocks[key] = dict(vars(self))
+        vars(self).update(blocks[key])
+
+    core.block_type.__init__ = block_type
+
+    type_for, tuples = core._type_for_tuple_values, {}
+
+    def tuple_type(values, fields=None):
+        if fields or not all(isinstance(v, core.constexpr) and type(v.value) is int for v in values):
+            return type_for(values, fields)
+        key = tuple(v.value for v in values)
+        if key not in tuples:
+            tuples[key] = type_for(values)
+        return tuples[key]
+
+    core._type_for_tuple_values = tuple_type
+
+
 if INTERPRETED:
     patch_language_once()
+    keep_types()
