@@ -275,7 +275,7 @@ main(sys.argv[1:])
 
 
 def test_a_killed_loader_is_named(tmp_path):
-    """In a process of its own: a signal handler of torch raises wherever that is, for as long as the loader lives."""
+    """In a process of its own: a signal handler of torch raises there for as long as the loader lives."""
     (tmp_path / "pictures").mkdir()
     for i in range(20):
         Image.new("L", (12, 8), i).save(tmp_path / "pictures" / f"{i:02}.png")

@@ -99,7 +99,7 @@ def _reason(e: Exception) -> str | None:
     """What the errors mean that the model and the data have not made themselves."""
     if isinstance(e, PeerError):
         return "another process of this run ended or cannot be reached"
-    if "DataLoader worker" in str(e):  # torch raises it from a signal handler, wherever training is just then
+    if "DataLoader worker" in str(e):  # from torch's signal handler, by Stop.check, or from the loader
         return "a process that loads images ended"
     if "Expected more than 1 value per channel" in str(e):
         return "a norm has one value a channel to train on: take more images a batch, larger ones, or norm=none"

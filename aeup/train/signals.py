@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM during training."""
+"""Ctrl-C, SIGTERM and dead loaders during training."""
 
 from __future__ import annotations
 
@@ -19,11 +19,15 @@ class Interrupted(KeyboardInterrupt):
 class Stop:
     """As a context, takes SIGINT and SIGTERM. The first one waits for the next `check`: raised where it comes, it can
     hit a C extension half way through its import, or autograd's engine, and then the process dies of that. A second one
-    does not wait."""
+    does not wait.
+
+    The error that torch's handler of SIGCHLD raises when a loader's process dies waits too: raised inside torch, it can
+    be taken for another (a look-up of an operator makes "no such operator" of any RuntimeError)."""
 
     def __init__(self) -> None:
         self.signum: int | None = None
         self.before: dict[int, Any] = {}
+        self.error: RuntimeError | None = None
 
     def __enter__(self) -> Stop:
         self.pid = os.getpid()
@@ -41,7 +45,19 @@ class Stop:
             self.check()
         os.write(2, b"\nstopping after this step; once more stops at once\n")
 
+    def _take_child(self, signum: int, frame: object) -> None:
+        try:
+            self.before[signum](signum, frame)
+        except RuntimeError as e:
+            self.error = e
+
     def check(self) -> None:
-        """Raises Interrupted if a signal came."""
+        """Raises Interrupted if a signal came, RuntimeError if a loader's process died."""
+        # torch sets its handler with its first loader that has processes: after __enter__.
+        if self.before and signal.SIGCHLD not in self.before and callable(handler := signal.getsignal(signal.SIGCHLD)):
+            self.before[signal.SIGCHLD] = handler  # first: a signal may come between the two lines
+            signal.signal(signal.SIGCHLD, self._take_child)
+        if self.error is not None:
+            raise self.error
         if self.signum is not None:
             raise Interrupted(signal.Signals(self.signum).name, self.signum)
