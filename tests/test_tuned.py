@@ -47,7 +47,9 @@ def test_every_shipped_table_is_well_formed():
     [
         (H100, "hopper", "forward", "bfloat16", "NHWC", 1 << 16, None),
         (H100, "generic", "forward", "bfloat16", "NHWC", 1 << 16, "torch"),
-        (H100, "generic", "weight_gradient", "float32", "NHWC", 1 << 16, "cuda"),
+        (H100, "generic", "weight_gradient", "float32", "NHWC", 1 << 16, "torch"),
+        (H100, "hopper_float", "weight_gradient", "tf32", "NCHW", 2048, "torch"),
+        (H100, "hopper_float", "weight_gradient", "tf32", "NCHW", 2049, "cuda"),
         (H100, "generic", "weight_gradient", "float32", "NCHW", 1 << 16, "torch"),
         (H100, "few", "forward", "tf32", "NCHW", 1 << 15, "torch"),
         (H100, "few", "forward", "tf32", "NCHW", (1 << 15) + 1, None),
@@ -55,7 +57,7 @@ def test_every_shipped_table_is_well_formed():
         (H100, "hopper_float", "input_gradient", "tf32", "NHWC", 1 << 16, None),
         (H100, "hopper_float", "weight_gradient", "tf32", "NHWC", 1 << 17, "torch"),
         (H100, "hopper_float", "weight_gradient", "tf32", "NCHW", 1 << 17, None),
-        ("NVIDIA H200", "generic", "weight_gradient", "float32", "NHWC", 1 << 16, "cuda"),  # the nearest table
+        ("NVIDIA H200", "hopper_float", "weight_gradient", "tf32", "NCHW", 2048, "torch"),  # the nearest table
         ("NVIDIA A100-SXM4-80GB", "generic", "weight_gradient", "float32", "NHWC", 1 << 16, "torch"),
         ("", "few", "forward", "bfloat16", "NHWC", 1 << 16, None),
     ],
